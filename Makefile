@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help train test slow lab notebooks export readme clean
+
+help:       ## list these targets
+	@sed -n 's/^\([a-z]*\): *\([^#]*\)## \(.*\)/  make \1\t\3/p' $(MAKEFILE_LIST) | expand -t 22
+
+train: $(READY)  ## train GPT-2 on Shakespeare's plays in minutes on a CPU; flags of gpt2_train go in ARGS="..."
+	@$(BIN)/gpt2_train $(ARGS)
+
+test: $(READY)   ## run every check and every notebook's tests
+	@$(BIN)/python .ci/book.py check
+
+slow: $(READY)   ## run the notebooks' tests with the slow ones
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --flags slow --do_print --timing
+
+lab: $(READY)    ## open JupyterLab on the notebooks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
+
+notebooks: $(READY)  ## run every notebook top to bottom and save its outputs, package and README
+	@$(BIN)/python .ci/book.py run
+	@$(MAKE) --no-print-directory export readme
+
+export: $(READY) ## write the package from the notebooks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_export
+
+readme: $(READY) ## write README.md from nbs/index.ipynb
+	@$(BIN)/python .ci/book.py readme
+
+clean:           ## remove the environment and what was built
+	rm -rf .venv build dist *.egg-info
+
+# torch first and by its pin, so that no later package pulls in another build of it
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "Python 3.10 or later is needed, this is %d.%d; say which with make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
