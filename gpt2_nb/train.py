@@ -99,7 +99,7 @@ def bits_per_byte(
     n_bytes = int(np.asarray(token_bytes)[np.asarray(ids[1:], dtype=np.int64)].sum())
     return nats_per_token * (len(ids) - 1) / math.log(2) / n_bytes
 
-# %% ../nbs/12_train.ipynb #b6b068c8
+# %% ../nbs/12_train.ipynb #e2113a46
 @dataclass(frozen=True)
 class TrainConfig:
     "Train a GPT-2 and save the run in a folder."
@@ -129,7 +129,7 @@ class TrainConfig:
     save_interval: int = 400 # steps between checkpoints; one more at the end
     sample_interval: int = 0 # steps between samples; 0 means only at the end
     sample_prompt: str = "\n" # what a sample goes on from
-    log_interval: int = 10 # steps between lines of the log
+    log_interval: int = 10 # steps between lines of the log; the first and the last step have one
     dtype: str = "auto" # auto, float32 or bfloat16 (autocast)
     compile: bool = False # compile the training step with torch.compile
     grad_checkpoint: bool = False # recompute activations in the backward pass, to save memory
@@ -450,7 +450,7 @@ def not_finite(run: Run, loss: float) -> str:
     kept = f"the last good weights are in {saved[-1]}" if saved else "no checkpoint was saved before"
     return f"the loss is {loss} at step {run.step}; {kept}; a lower --learning_rate or a longer --warmup_iters may help"
 
-# %% ../nbs/12_train.ipynb #ebdfe94c
+# %% ../nbs/12_train.ipynb #f787a1dd
 def train(
     cfg: TrainConfig,
     progress: bool = True, # show a progress bar
@@ -483,7 +483,7 @@ def train(
                 lr = lr_at(run.step, cfg.max_iters, cfg.learning_rate, cfg.warmup_iters, cfg.min_lr, cfg.schedule)
                 loss, norm = train_step(model, run.optimizer, step_batches, lr, cfg.grad_clip, autocast)
                 run.step, since = run.step + 1, since + 1
-                if run.step % cfg.log_interval == 0 or run.step == cfg.max_iters:
+                if run.step == 1 or run.step % cfg.log_interval == 0 or run.step == cfg.max_iters:
                     loss = loss.item() # waits for the device
                     if not math.isfinite(loss): raise InputError(not_finite(run, loss))
                 spent += time.perf_counter() - start
