@@ -336,15 +336,16 @@ class Run:
 
 FIXED = ("data tokenizer vocab_size block_size n_layer n_head n_embd batch_size total_batch_size seed schedule").split()
 
-# %% ../nbs/12_train.ipynb #3d118010
+# %% ../nbs/12_train.ipynb #300f6cf7
 def resume_config(
-    out: Path, # folder that may hold a run
+    folder: Path, # may hold a run
+    /, # so that `folder` may be the name of a flag, too
     **given, # flags of this time
 ) -> TrainConfig:
-    "The configuration of the run in `out` with the flags of this time on top; if there is no run, that of a new one"
-    try: saved = json.loads((out/"config.json").read_text(encoding="utf-8"))["train"]
+    "The configuration of the run in `folder` with the flags of this time on top; if there is no run, that of a new one"
+    try: saved = json.loads((folder/"config.json").read_text(encoding="utf-8"))["train"]
     except FileNotFoundError: return make_config(**given)
-    except (ValueError, KeyError) as e: raise InputError(f"{out/'config.json'} is not a run's configuration: {e}")
+    except (ValueError, KeyError) as e: raise InputError(f"{folder/'config.json'} is not a run's configuration: {e}")
     for name in FIXED:
         if given.get(name, saved[name]) != saved[name]:
             raise InputError(f"--{name} {given[name]} differs from the run's {saved[name]}: a resumed run keeps its model and its batches")
