@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .core import InputError
 
-# %% ../nbs/02_attention.ipynb #40a43c75
+# %% ../nbs/02_attention.ipynb #bca02df2
 class KVCache:
     "Keys and values of one attention layer, preallocated for `max_len` positions"
     def __init__(
@@ -35,7 +35,8 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]: # keys and values of all positions so far, as views
         "Store the next keys and values; `InputError` where they do not fit"
         (B, H, room, D), T = self.k.shape, k.shape[2]
-        if k.shape != (B, H, T, D): raise InputError(f"keys of shape {tuple(k.shape)} do not fit a cache of {tuple(self.k.shape)}")
+        if k.shape != (B, H, T, D):
+            raise InputError(f"keys of shape {tuple(k.shape)} do not fit a cache of {tuple(self.k.shape)}")
         start, end = self.length, self.length + T
         if end > room: raise InputError(f"the cache has room for {room} positions, and {end} were asked for")
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .core import InputError
 from .attention import CausalSelfAttention, KVCache
 
-# %% ../nbs/03_model.ipynb #6a91ada0
+# %% ../nbs/03_model.ipynb #b96ad4ec
 @dataclass(frozen=True)
 class GPTConfig:
     "The shape of a GPT-2; the defaults are the 124M model's. `InputError` for a shape that cannot be built"
@@ -30,8 +30,10 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1: raise InputError(f"{name} is {getattr(self, name)}, and must be at least 1")
-        if self.n_embd % self.n_head: raise InputError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1: raise InputError(f"dropout is {self.dropout}, and must be at least 0 and below 1")
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}, and must be at least 0 and below 1")
 
 # %% ../nbs/03_model.ipynb #adeb9df7
 PRESETS = {
@@ -82,7 +84,7 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
-# %% ../nbs/03_model.ipynb #eb232a92
+# %% ../nbs/03_model.ipynb #bd27c36d
 class GPT(nn.Module):
     "GPT-2 (Radford et al. 2019): `GPT(cfg)(idx, targets=None)` gives `(logits, loss)`"
     def __init__(
@@ -117,12 +119,13 @@ class GPT(nn.Module):
     ) -> torch.Tensor: # (B, T, C), after ln_f
         "The residual stream as the head reads it"
         past, T = caches[0].length if caches else 0, idx.shape[1]
+        if T < 1: raise InputError("idx holds no tokens: the model needs at least one")
         if past + T > self.cfg.block_size:
             raise InputError(f"{past + T} tokens do not fit a block_size of {self.cfg.block_size}")
         self._check_ids(idx)
         positions = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)) # (B, T, C)
-        recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled()
+        recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled() and caches is None
         for block, cache in zip(self.transformer.h, caches or [None] * self.cfg.n_layer):
             x = checkpoint(block, x, cache, use_reentrant=False) if recompute else block(x, cache)
         return self.transformer.ln_f(x)
