@@ -126,7 +126,7 @@ def list_shards(
         raise InputError(f"{folder}: the same shard lies there as .bin and as .npy")
     return shards
 
-# %% ../nbs/06_shards.ipynb #3809f9ed
+# %% ../nbs/06_shards.ipynb #87fa76ae
 @dataclass(frozen=True)
 class Manifest:
     "What a folder of shards holds and where it came from; kept as `manifest.json` beside them"
@@ -137,6 +137,8 @@ class Manifest:
     settings: dict = field(default_factory=dict) # all else that decides the shards' bytes
     shards: list[dict] = field(default_factory=list) # for each its file, tokens and sha256, in order
     splits: dict = field(default_factory=dict) # for train and val: documents, tokens, bytes of UTF-8
+    counts: dict = field(default_factory=dict) # what was odd in the source, and how often
+    position: dict = field(default_factory=dict) # where in the source the next shard begins; empty at the end
     finished: bool = False # False while shards are still to come
 
     def save(self, folder):
