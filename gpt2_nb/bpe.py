@@ -36,7 +36,7 @@ def merge_pair(
             i += 1
     return out
 
-# %% ../nbs/01_bpe.ipynb #b0f8e282
+# %% ../nbs/01_bpe.ipynb #48906d28
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 EOT = "<|endoftext|>" # stands between documents; the only special token of GPT-2
 
@@ -44,6 +44,7 @@ def split_words(
     text: str, # any text; lone surrogates become U+FFFD
 ) -> list[str]: # the pieces, which joined give the text back
     "Cut `text` into the words, numbers, signs and white space within which merges may happen"
+    if not isinstance(text, str): raise InputError(f"the text is of type {type(text).__name__}, expected str")
     try: text.encode()
     except UnicodeEncodeError: text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return regex.findall(GPT2_PATTERN, text)
@@ -112,7 +113,7 @@ def merge_word(
     while i < n: ids.append(ranks[word[i:end[i]]]); i = end[i]
     return ids
 
-# %% ../nbs/01_bpe.ipynb #7186eee5
+# %% ../nbs/01_bpe.ipynb #19ee8bdd
 class BPE:
     "Byte-pair encoding with GPT-2's split pattern and tiktoken's rules; `<|endoftext|>` is the last id"
     def __init__(
@@ -151,6 +152,7 @@ class BPE:
         disallowed_special="all", # what raises an error; (): special text is ordinary text
     ) -> list[int]:
         "The ids of `text`; an `InputError` if it holds special text that was not allowed"
+        if not isinstance(text, str): self.encode_ordinary(text) # which raises
         if allowed_special == "all": allowed_special = {EOT}
         if disallowed_special == "all": disallowed_special = {EOT} - set(allowed_special)
         for special in disallowed_special:
@@ -166,11 +168,12 @@ class BPE:
         ids, # ids: a list, an array or a tensor
     ) -> bytes:
         "The bytes that `ids` stand for"
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) <= self.eot:
-            bad = next(i for i in ids if not 0 <= i <= self.eot)
-            raise InputError(f"id {bad} is not one of this tokenizer's ids, 0 to {self.eot}")
-        return b"".join([self.tokens[i] if i < self.eot else EOT.encode() for i in ids])
+        try:
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            bad = [i for i in ids if not 0 <= i <= self.eot]
+            if not bad: return b"".join([self.tokens[i] if i < self.eot else EOT.encode() for i in ids])
+        except TypeError: raise InputError("ids: expected a flat list of whole numbers") from None
+        raise InputError(f"id {bad[0]} is not one of this tokenizer's ids, 0 to {self.eot}")
 
     def decode(
         self,
@@ -274,7 +277,7 @@ def save(
                 pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=model)
     with atomic_write(path, "w") as f: json.dump(data, f, ensure_ascii=False, indent=1)
 
-# %% ../nbs/01_bpe.ipynb #d5f4f77d
+# %% ../nbs/01_bpe.ipynb #677bfd8c
 @patch(cls_method=True)
 def load(
     cls: BPE,
@@ -285,15 +288,19 @@ def load(
     except (OSError, ValueError) as e: raise InputError(f"{path} cannot be read as a tokenizer: {e}") from e
     byte_of = {c: b for b, c in enumerate(byte_chars())}
     try:
-        if data["model"]["type"] != "BPE": raise InputError("its model is not BPE")
+        model, normalizer = data["model"], data.get("normalizer")
+        if model.get("type", "BPE") != "BPE" or "merges" not in model: raise InputError("its model is not BPE")
         split = data["pre_tokenizer"]
         if (split["type"], split["add_prefix_space"], split.get("use_regex", True)) != ("ByteLevel", False, True):
             raise InputError("it does not split text as GPT-2 does")
-        if data["normalizer"] is not None: raise InputError("it normalises text")
+        if normalizer is not None: raise InputError("it normalises text")
         [special] = data["added_tokens"]
-        ids = {i: token for token, i in data["model"]["vocab"].items() if token != EOT}
+        ids = {i: token for token, i in model["vocab"].items() if token != EOT}
         if special["content"] != EOT or special["id"] != len(ids): raise InputError(f"{EOT} is not its last id")
-        return cls([bytes([byte_of[c] for c in ids[i]]) for i in range(len(ids))])
+        tokens = [bytes([byte_of[c] for c in ids[i]]) for i in range(len(ids))]
+        made = [model["vocab"]["".join(m.split(" ") if isinstance(m, str) else m)] for m in model["merges"]]
+        if made != sorted(made): raise InputError("its merges are not in the order of its ids")
+        return cls(tokens)
     except InputError as e: raise InputError(f"{path} is no tokenizer of GPT-2's kind: {e}") from e
     except KeyError as e:
         raise InputError(f"{path} is no tokenizer of GPT-2's kind: {e} is missing or out of place") from e
