@@ -43,7 +43,7 @@ class KVCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# %% ../nbs/02_attention.ipynb #bf22fbad
+# %% ../nbs/02_attention.ipynb #51ccd89b
 class CausalSelfAttention(nn.Module):
     "Multi-head causal self-attention under GPT-2's parameter names (Radford et al. 2019)"
     def __init__(
@@ -63,15 +63,18 @@ class CausalSelfAttention(nn.Module):
         self,
         x: torch.Tensor, # (B, T, C)
         cache: KVCache | None = None, # positions before `x`; those of `x` are added to it
+        mask: torch.Tensor | None = None, # (B, 1, T, S) bool, S = cached + T: True where allowed; None is causal
     ) -> torch.Tensor: # (B, T, C)
-        "Attend from every position of `x` to itself and to all positions before it"
+        "Attend from every position of `x` to itself and to all before it, or to what `mask` allows and nothing else"
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
-        past, mask = 0, None
-        if cache is not None:
-            past = cache.length
-            k, v = cache.append(k, v) # (B, H, past + T, D)
-        if past and T > 1: mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0 and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        past, causal = cache.length if cache else 0, mask is None and T > 1 # one new position may see everything
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (T, past + T)):
+            raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, "
+                             f"and must be bool of shape ({B}, 1, {T}, {past + T})")
+        if causal and past:
+            mask, causal = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past), False
+        if cache: k, v = cache.append(k, v) # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           dropout_p=self.dropout if self.training else 0.0) # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
