@@ -188,7 +188,7 @@ PRESETS = {
     "gpt2-xl": replace(_gpt2(48, 25, 1600, 2e-4, total_batch_size=1_048_576, grad_checkpoint=True), preset="gpt2-xl"),
 }
 
-# %% ../nbs/12_train.ipynb #642d03ca
+# %% ../nbs/12_train.ipynb #0166c487
 def make_config(
     **given, # fields of `TrainConfig` that the user set
 ) -> TrainConfig:
@@ -214,8 +214,9 @@ def share_out(
     "How a step of `total_batch_size` tokens falls to processes: in the largest micro-batches that `batch_size` allows"
     tokens = cfg.total_batch_size or cfg.batch_size * cfg.block_size * world_size
     if tokens % (cfg.block_size * world_size):
-        raise InputError(f"--total_batch_size {tokens} cannot be shared by {world_size} processes: take a multiple of "
-                         f"{world_size} × block_size = {world_size * cfg.block_size}")
+        whom = f"{world_size} processes" if world_size > 1 else "one process"
+        raise InputError(f"--total_batch_size {tokens} cannot be shared by {whom} in sequences of {cfg.block_size}: take a "
+                         f"multiple of {world_size * cfg.block_size}")
     sequences = tokens // (cfg.block_size * world_size) # of each process
     micro = max(n for n in range(1, min(cfg.batch_size, sequences) + 1) if sequences % n == 0)
     return micro, sequences // micro
@@ -672,7 +673,7 @@ class Profile:
         table = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40)
         (self.folder/"table.txt").write_text(table, encoding="utf-8")
 
-# %% ../nbs/12_train.ipynb #6e30afae
+# %% ../nbs/12_train.ipynb #63e27de7
 def train(
     cfg: TrainConfig,
     progress: bool = True, # show a progress bar
@@ -755,9 +756,8 @@ class Meter:
             run.log("train", step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=rate, wait_s=self.wait,
                     **{} if used is None else dict(mfu=used))
         if not self.said and run.step > self.bar.initial + 1: # the first step is slow
-            left = (cfg.max_iters - run.step) * cfg.total_batch_size / rate
-            self.bar.write(f"time     about {left / 60:.1f} minutes at {rate:,.0f} tokens/s, and validation")
-            self.said = True
+            self.said, left = True, (cfg.max_iters - run.step) * cfg.total_batch_size / rate
+            if left > 20: self.bar.write(f"time     about {left / 60:.1f} minutes at {rate:,.0f} tokens/s, and validation")
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s" + (f", val {val['loss']:.3f}" if val else ""))
         self.bar.update(run.step - self.bar.n)
         check_skips(run, self.streak)
