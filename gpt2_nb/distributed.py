@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['Dist', 'distributed', 'all_sum', 'any_rank', 'broadcast_object', 'barrier', 'parallelize', 'grad_sync', 'whole',
-           'clip_grad_norm', 'names_of', 'gather_states', 'share_of', 'scatter_states']
+           'gathered', 'clip_grad_norm', 'names_of', 'state_tensors', 'save_tensors', 'shapes_in', 'load_tensors',
+           'make_room']
 
-# %% ../nbs/11_distributed.ipynb #b5a80228
+# %% ../nbs/11_distributed.ipynb #41f1c367
 import os
+import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import distributed as torch_dist
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .core import InputError, pick_device
@@ -98,7 +104,7 @@ def barrier(
     "Wait until every rank is here"
     if dist.world_size > 1: torch_dist.barrier()
 
-# %% ../nbs/11_distributed.ipynb #c39c4a3a
+# %% ../nbs/11_distributed.ipynb #97fedf29
 def parallelize(
     model: GPT, # on `dist.device`, and the same on every rank; fsdp changes it in place
     dist: Dist, # who we are
@@ -115,7 +121,10 @@ def parallelize(
         module.zero_grad()
         return module
     for block in model.transformer.h: fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    with torch.no_grad(): model(torch.zeros(1, 1, dtype=torch.long, device=dist.device)) # now the units know each other
+    model.reshard()
+    return model
 
 # %% ../nbs/11_distributed.ipynb #53048935
 @contextmanager
@@ -135,6 +144,17 @@ def whole(
     "A tensor that ranks share, put together; every rank must call it"
     return x.full_tensor() if isinstance(x, DTensor) else x
 
+# %% ../nbs/11_distributed.ipynb #77b3c2d0
+@contextmanager
+def gathered(
+    model: GPT, # the model itself, sharded or not
+):
+    "Within this block, parts of a model can be called by themselves; every rank must do so"
+    if isinstance(model, FSDPModule): model.unshard()
+    try: yield
+    finally:
+        if isinstance(model, FSDPModule): model.reshard()
+
 # %% ../nbs/11_distributed.ipynb #85cf5d81
 def clip_grad_norm(
     parameters: Iterable[nn.Parameter], # of the model, after the backward pass
@@ -151,43 +171,62 @@ def names_of(
     "The optimizer's parameters with their names"
     return [(name, p) for g in optimizer.param_groups for name, p in zip(g["param_names"], g["params"])]
 
-# %% ../nbs/11_distributed.ipynb #be2f1b67
-def gather_states(
+# %% ../nbs/11_distributed.ipynb #2ebb65c6
+def state_tensors(
     model: GPT, # the model itself, not what `parallelize` returned
     optimizer: torch.optim.Optimizer, # see `names_of`
+) -> tuple[dict, dict]: # weights, and the optimizer's state, as `NAME.exp_avg`
+    "All that the next step depends on, by name, as it lies here; nothing is copied"
+    weights = {name: p for name, p in model.state_dict().items() if name != "lm_head.weight"} # tied to wte
+    state = {f"{name}.{key}": t for name, p in names_of(optimizer) for key, t in optimizer.state.get(p, {}).items()}
+    return weights, state
+
+# %% ../nbs/11_distributed.ipynb #8e46a105
+def save_tensors(
+    tensors: dict, # by name; under FSDP shares of tensors. A name that only one rank has is saved, too
+    folder: Path, # seen by all ranks
     dist: Dist, # who we are
-) -> tuple[dict, dict]: # weights, and step, exp_avg and exp_avg_sq, by name; empty but on the first rank
-    "Whole weights and optimizer state, on the first rank's CPU; every rank must call it"
-    weights, moments = {}, {}
-    for name, p in model.state_dict().items():
-        p = whole(p)
-        if dist.is_main: weights[name] = p.detach().cpu()
-    for name, p in names_of(optimizer):
-        state = {key: whole(value) for key, value in optimizer.state.get(p, {}).items()}
-        if dist.is_main: moments[name] = {key: value.cpu() for key, value in state.items()}
-    return weights, moments
+    file: str | None = None, # put all together in one file of this name; None for a file from each rank
+):
+    "Write tensors as safetensors; every rank must call it, and has written its part when it returns"
+    several = dist.world_size > 1
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=several, enable_consolidation=several and bool(file))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is") # disabled: for one process that is meant
+        dcp.save(tensors, storage_writer=writer, no_dist=not several)
+    if dist.is_main and file:
+        next(folder.glob("model-*.safetensors")).rename(folder/file)
+        shutil.rmtree(folder/"sharded", ignore_errors=True) # the parts of which it was made
+    if dist.is_main: (folder/"model.safetensors.index.json").unlink(missing_ok=True) # of a single file
+    barrier(dist)
 
-# %% ../nbs/11_distributed.ipynb #d1324d8b
-def share_of(
-    p: torch.Tensor, # a parameter, sharded or not
-    value: torch.Tensor, # a whole tensor of its shape
-) -> torch.Tensor: # on the device and in the dtype of `p`
-    "This rank's part of a whole tensor, in the layout of `p`; every rank must call it"
-    value = value.to(p.device, p.dtype)
-    if not isinstance(p, DTensor): return value
-    return distribute_tensor(value, p.device_mesh, p.placements)
+# %% ../nbs/11_distributed.ipynb #1651cfa3
+def shapes_in(
+    folder: Path, # in which `save_tensors` wrote
+) -> dict: # torch.Size by name
+    "The tensors that were saved"
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: info.size for name, info in found.items()}
 
-# %% ../nbs/11_distributed.ipynb #ca270ee6
-@torch.no_grad()
-def scatter_states(
-    model: GPT, # on the way in it may hold anything
-    optimizer: torch.optim.Optimizer, # made after `parallelize`
-    weights: dict, # as `gather_states` gave them, on every rank
-    moments: dict, # likewise
+
+def load_tensors(
+    tensors: dict, # by name; they are overwritten. Not all that was saved need be among them
+    folder: Path, # in which `save_tensors` wrote, with any number of ranks
     dist: Dist, # who we are
 ):
-    "Put back what `gather_states` gave, whatever the number of ranks was then and is now; every rank must call it"
-    for name, p in model.state_dict().items(): p.copy_(share_of(p, weights[name]))
-    for name, p in names_of(optimizer):
-        state = {k: share_of(p, v) if v.shape == p.shape else v.to(p.device) for k, v in moments.get(name, {}).items()}
-        if state: optimizer.state[p] = state
+    "Fill tensors with what was saved under their names; every rank must call it"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=dist.world_size == 1)
+
+# %% ../nbs/11_distributed.ipynb #40b171c7
+def make_room(
+    optimizer: torch.optim.Optimizer, # new, made after `parallelize`
+    shapes: dict, # of `NAME.KEY`, as `shapes_in` gives them
+):
+    "Empty state for an optimizer, laid out over the ranks as its parameters are"
+    params = dict(names_of(optimizer))
+    for name, shape in shapes.items():
+        name, _, key = name.rpartition(".")
+        p = params[name]
+        optimizer.state[p][key] = torch.zeros_like(p) if shape == p.shape else torch.zeros(shape, device=p.device)
