@@ -199,16 +199,18 @@ def check_ids(
     if tokenizer.n_vocab > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.n_vocab} ids, and the model knows only {cfg.vocab_size}")
 
-# %% ../nbs/04_pretrained.ipynb #aa6ab26e
+# %% ../nbs/04_pretrained.ipynb #b92bfe64
 def load_run(
-    path: str | Path, # folder of a run
+    path: str | Path, # folder of a run, or of one of its checkpoints
     device: str = "auto", # see `pick_device`
 ) -> tuple[GPT, BPE]: # the model, in eval mode, and its tokenizer
-    "Model and tokenizer of a run's newest checkpoint"
-    run, device = Path(path), pick_device(device)
+    "Model and tokenizer of a run, from its newest checkpoint or from the one that is named"
+    path, device = Path(path), pick_device(device)
+    named = path.parent.name == "ckpt"
+    run = path.parents[1] if named else path
     for name in ("config.json", "tokenizer.json"):
         if not (run/name).is_file(): raise InputError(f"{str(path)!r} holds no run: looked for {run/name}")
-    if not (found := checkpoints(run)):
+    if not (found := [p for p in checkpoints(run) if not named or p.name == path.name]):
         raise InputError(f"{str(path)!r} holds no checkpoint: looked for ckpt/STEP/model.safetensors")
     try: cfg = GPTConfig(**read_json(run/"config.json")["model"])
     except (KeyError, TypeError) as e: raise InputError(f"{run/'config.json'} describes no model: {e!r}") from e
@@ -216,13 +218,14 @@ def load_run(
     check_ids(tokenizer, cfg)
     return model, tokenizer
 
-# %% ../nbs/04_pretrained.ipynb #0ab7e7f3
+# %% ../nbs/04_pretrained.ipynb #4b4d98f0
 def load_model(
-    spec: str | Path, # folder of a run, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    spec: str | Path, # folder of a run or of its checkpoint, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     device: str = "auto", # see `pick_device`
 ) -> tuple[GPT, BPE]: # the model, in eval mode, and its tokenizer
     "Model and tokenizer, from wherever they are"
     folder = find_pretrained(spec)
+    if folder.parent.name == "ckpt": return load_run(folder, device)
     if not (folder/"config.json").is_file():
         raise InputError(f"{str(spec)!r} holds no model: looked for config.json, of a run or in Hugging Face's layout")
     if "model" in read_json(folder/"config.json"): return load_run(folder, device)
