@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['test_tensor', 'test_raises', 'seed_everything', 'InputError', 'pick_device', 'compare_times', 'has_fast_bf16',
-           'pick_dtype', 'atomic_write', 'sha256', 'cache_dir', 'wheel_files', 'FlagParser', 'parse_flags', 'cli',
-           'plot_style']
+           'pick_dtype', 'atomic_write', 'sha256', 'cache_dir', 'wheel_files', 'FlagParser', 'flags_of', 'parse_flags',
+           'cli', 'plot_style']
 
-# %% ../nbs/00_core.ipynb #f35f28ba
+# %% ../nbs/00_core.ipynb #48de6d19
 import argparse
 import hashlib
+import inspect
 import os
 import random
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from importlib import metadata
 from pathlib import Path
@@ -172,7 +174,19 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
-# %% ../nbs/00_core.ipynb #8bf9fef1
+# %% ../nbs/00_core.ipynb #668558e0
+def flags_of(
+    spec, # a function or dataclass with docments
+) -> dict: # name -> parameter, as fastcore's `docments` gives them
+    "The parameters that are flags; what a dataclass inherits is described where it comes from"
+    params, own = docments(spec, full=True, returns=False, eval_str=True), inspect.get_annotations(spec)
+    for base in getattr(spec, "__mro__", ())[1:-1]:
+        for name, p in docments(base, full=True, returns=False).items():
+            if name not in own: params[name].docment = params[name].docment or p.docment
+    hidden = [f.name for f in fields(spec) if not f.metadata.get("flag", True)] if is_dataclass(spec) else []
+    return {name: p for name, p in params.items() if name not in hidden}
+
+
 def parse_flags(
     spec, # a function or dataclass with docments; each parameter becomes a flag
     argv: list[str] | None = None, # the words to parse; None takes the command line's
@@ -181,7 +195,7 @@ def parse_flags(
     "Read command-line flags as `spec` names and annotates them"
     prog = prog or Path(sys.argv[0]).stem
     parser = FlagParser(prog=prog, description=(spec.__doc__ or "").split("\n")[0], allow_abbrev=False)
-    for name, p in docments(spec, full=True, returns=False, eval_str=True).items():
+    for name, p in flags_of(spec).items():
         kind = (dict(action=argparse.BooleanOptionalAction) if p.anno is bool else
                 dict(type=p.anno if p.anno in (int, float) else str, metavar=p.anno.__name__.upper()))
         default = "" if p.default in (None, "") else f" (default: {p.default})"
