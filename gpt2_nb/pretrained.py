@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRANSPOSED', 'FIXED', 'SIZES', 'WEIGHTS', 'REPOS', 'EXPORTED', 'transpose_conv1d', 'read_json', 'gpt_config',
            'read_tensors', 'full_names', 'check_tensors', 'fill_model', 'find_pretrained', 'from_pretrained',
-           'read_tokenizer', 'checkpoints', 'check_ids', 'load_run', 'load_model', 'hf_config', 'save_tokenizer',
-           'atomic_folder', 'is_export', 'save_pretrained', 'main']
+           'read_tokenizer', 'checkpoints', 'check_ids', 'merge_adapters', 'load_run', 'load_model', 'hf_config',
+           'save_tokenizer', 'atomic_folder', 'is_export', 'save_pretrained', 'main']
 
 # %% ../nbs/04_pretrained.ipynb #39a5fadc
 import json
@@ -199,7 +199,18 @@ def check_ids(
     if tokenizer.n_vocab > cfg.vocab_size:
         raise InputError(f"the tokenizer has {tokenizer.n_vocab} ids, and the model knows only {cfg.vocab_size}")
 
-# %% ../nbs/04_pretrained.ipynb #b92bfe64
+# %% ../nbs/04_pretrained.ipynb #1c09fb0e
+def merge_adapters(
+    tensors: dict[str, torch.Tensor], # of a run; changed in place
+    scale: float, # alpha / r
+) -> dict[str, torch.Tensor]:
+    "Fold adapters of low rank, `NAME.lora_A` (r, in) and `NAME.lora_B` (out, r), into `NAME.weight` (out, in)"
+    for layer in [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]:
+        A, B = tensors.pop(f"{layer}.lora_A"), tensors.pop(f"{layer}.lora_B")
+        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] + scale * B @ A
+    return tensors
+
+# %% ../nbs/04_pretrained.ipynb #7c538e47
 def load_run(
     path: str | Path, # folder of a run, or of one of its checkpoints
     device: str = "auto", # see `pick_device`
@@ -212,9 +223,13 @@ def load_run(
         if not (run/name).is_file(): raise InputError(f"{str(path)!r} holds no run: looked for {run/name}")
     if not (found := [p for p in checkpoints(run) if not named or p.name == path.name]):
         raise InputError(f"{str(path)!r} holds no checkpoint: looked for ckpt/STEP/model.safetensors")
-    try: cfg = GPTConfig(**read_json(run/"config.json")["model"])
+    config = read_json(run/"config.json")
+    try: cfg = GPTConfig(**config["model"])
     except (KeyError, TypeError) as e: raise InputError(f"{run/'config.json'} describes no model: {e!r}") from e
-    tokenizer, model = BPE.load(run/"tokenizer.json"), fill_model(cfg, read_tensors(found[-1]), found[-1], device)
+    settings = config.get("train", {})
+    scale = settings.get("lora_alpha", 0) / (settings.get("lora_r") or 1)
+    tensors = merge_adapters(read_tensors(found[-1]), scale)
+    tokenizer, model = BPE.load(run/"tokenizer.json"), fill_model(cfg, tensors, found[-1], device)
     check_ids(tokenizer, cfg)
     return model, tokenizer
 
