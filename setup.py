@@ -28,6 +28,7 @@ setup(
     ],
     packages=find_packages(include=["gpt2_nb", "gpt2_nb.*"]),
     include_package_data=True,
+    package_data={"gpt2_nb": ["*.jsonl"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
