@@ -7,11 +7,11 @@ __all__ = ['PRESETS', 'FIXED', 'PEAK_FLOPS', 'train_step', 'precision', 'evaluat
            'make_config', 'check_config', 'share_out', 'model_config', 'Data', 'open_data', 'shards_tokenizer',
            'texts_tokenizer', 'save_checkpoint', 'empty_folder', 'random_state', 'seal', 'best', 'latest_checkpoint',
            'load_checkpoint', 'RunLog', 'read_log', 'reporter', 'environment', 'catch_signals', 'Run', 'resume_config',
-           'open_run', 'saved_shape', 'make_model', 'validate', 'within_documents', 'sample', 'plot_run', 'describe',
-           'n_params', 'mfu', 'check_skips', 'out_of_patience', 'say_memory', 'Profile', 'train', 'loop', 'Meter',
-           'watch_run', 'finish', 'main']
+           'open_run', 'open_choices', 'saved_shape', 'make_model', 'validate', 'within_documents', 'sample',
+           'hellaswag', 'plot_run', 'describe', 'n_params', 'mfu', 'check_skips', 'out_of_patience', 'say_memory',
+           'Profile', 'train', 'loop', 'Meter', 'watch_run', 'finish', 'main']
 
-# %% ../nbs/12_train.ipynb #36e5e4d3
+# %% ../nbs/12_train.ipynb #48bf7ec0
 import importlib.util
 import json
 import math
@@ -44,10 +44,12 @@ from .shards import list_shards, read_shard
 from .fineweb import prepare, train_val_texts
 from .loader import ShardLoader, document_mask, document_positions, val_windows
 from .optim import lr_at, make_optimizer
-from .distributed import (Dist, all_sum, any_rank, barrier, broadcast_object, clip_grad_norm, distributed, gathered,
-                                 grad_sync, load_tensors, make_room, parallelize, save_tensors, shapes_in, state_tensors)
+from .hellaswag import Choices, evaluate, load_examples, tokenize
+from .distributed import (Dist, all_sum, any_rank, barrier, broadcast_object, clip_grad_norm, distributed,
+                                 gathered, grad_sync, load_tensors, make_room, parallelize, save_tensors, shapes_in,
+                                 state_tensors)
 
-# %% ../nbs/12_train.ipynb #04fc3973
+# %% ../nbs/12_train.ipynb #810783de
 def train_step(
     model: nn.Module, # a GPT, or what `parallelize` and `torch.compile` made of it
     optimizer: torch.optim.Optimizer,
@@ -72,7 +74,7 @@ def train_step(
     norm = clip_grad_norm(model.parameters(), grad_clip, dist)
     bad = ~(total.isfinite() & norm.isfinite())
     if optimizer.defaults.get("fused"): optimizer.found_inf = bad.float()
-    if optimizer.defaults.get("fused") or not bad: optimizer.step() # one that is not fused must be asked, and waited for
+    if optimizer.defaults.get("fused") or not bad: optimizer.step() # one that is not fused has to be waited for
     optimizer.zero_grad(set_to_none=True)
     return total, norm, bad
 
@@ -171,14 +173,15 @@ class TrainConfig:
     seed: int = 1337 # of weights, batches and dropout
     device: str = "auto" # auto, cpu, cuda, cuda:N or mps
 
-# %% ../nbs/12_train.ipynb #3f84f848
+# %% ../nbs/12_train.ipynb #ad367430
 def _gpt2(n_layer, n_head, n_embd, learning_rate, total_batch_size=524_288, **kw):
     "A full-scale preset: GPT-2's shape, trained as GPT-3 was on 10 billion tokens"
     return TrainConfig(
         data="fineweb-edu", tokenizer="gpt2", batch_size=16, total_batch_size=total_batch_size, block_size=1024,
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=learning_rate, min_lr=learning_rate / 10,
-        schedule="cosine", warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95, eval_interval=250,
-        val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000, sample_interval=1000, sample_prompt="Hello, I'm a language model,",
+        schedule="cosine", warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
+        eval_interval=250, val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000, sample_interval=1000,
+        sample_prompt="Hello, I'm a language model,",
         compile=True, padded_vocab_size=50_304, seed=1337, **kw)
 
 
@@ -190,7 +193,7 @@ PRESETS = {
     "gpt2-xl": replace(_gpt2(48, 25, 1600, 2e-4, total_batch_size=1_048_576, grad_checkpoint=True), preset="gpt2-xl"),
 }
 
-# %% ../nbs/12_train.ipynb #3ee7a265
+# %% ../nbs/12_train.ipynb #2351fbbf
 def make_config(
     **given, # fields of `TrainConfig` that the user set
 ) -> TrainConfig:
@@ -206,13 +209,14 @@ def check_config(
     "`InputError` for what no run can be made of"
     for field in ("batch_size", "max_iters", "eval_interval", "save_interval", "log_interval"):
         if getattr(cfg, field) < 1: raise InputError(f"--{field} is {getattr(cfg, field)}, and must be at least 1")
-    if cfg.schedule not in ("cosine", "linear", "wsd", "constant"): raise InputError(f"unknown schedule {cfg.schedule!r}")
+    if cfg.schedule not in ("cosine", "linear", "wsd", "constant"):
+        raise InputError(f"unknown schedule {cfg.schedule!r}")
     if not (cfg.learning_rate > 0 and math.isfinite(cfg.learning_rate)):
         raise InputError(f"--learning_rate is {cfg.learning_rate}, and must be above 0")
     if cfg.parallel not in ("ddp", "fsdp"): raise InputError(f"unknown --parallel {cfg.parallel!r}: use ddp or fsdp")
     if cfg.patience and cfg.eval_interval % cfg.save_interval:
-        raise InputError(f"--patience keeps the best checkpoint: make --eval_interval {cfg.eval_interval} a multiple of "
-                         f"--save_interval {cfg.save_interval}")
+        raise InputError(f"--patience keeps the best checkpoint: make --eval_interval {cfg.eval_interval} a multiple "
+                         f"of --save_interval {cfg.save_interval}")
     share_out(cfg, 1)
     model_config(cfg, max(cfg.vocab_size, 1))
     return cfg
@@ -226,8 +230,8 @@ def share_out(
     tokens = cfg.total_batch_size or cfg.batch_size * cfg.block_size * world_size
     if tokens % (cfg.block_size * world_size):
         whom = f"{world_size} processes" if world_size > 1 else "one process"
-        raise InputError(f"--total_batch_size {tokens} cannot be shared by {whom} in sequences of {cfg.block_size}: take a "
-                         f"multiple of {world_size * cfg.block_size}")
+        raise InputError(f"--total_batch_size {tokens} cannot be shared by {whom} in sequences of {cfg.block_size}: "
+                         f"take a multiple of {world_size * cfg.block_size}")
     sequences = tokens // (cfg.block_size * world_size) # of each process
     micro = max(n for n in range(1, min(cfg.batch_size, sequences) + 1) if sequences % n == 0)
     return micro, sequences // micro
@@ -248,7 +252,7 @@ class Data:
     val: Callable # (batch_size) -> the validation part as batches (x, y)
     val_bytes: int # of text in its targets
 
-# %% ../nbs/12_train.ipynb #fca2c127
+# %% ../nbs/12_train.ipynb #f51e7d3e
 def open_data(
     cfg: TrainConfig,
     out: Path, # folder of the run
@@ -258,7 +262,7 @@ def open_data(
     folder = next((f for f in (Path(cfg.data), cache_dir()/cfg.data) if f.is_dir() and list_shards(f, "train")), None)
     tokenizer = shards_tokenizer(cfg, folder) if folder else texts_tokenizer(cfg, out, given)
     if given and given.tokens != tokenizer.tokens:
-        raise InputError(f"--init_from {cfg.init_from} has another tokenizer than {cfg.data}: prepare the data with its own")
+        raise InputError(f"--init_from {cfg.init_from} has another tokenizer than {cfg.data}: prepare the data with it")
     if not folder:
         folder = out/"data"
         prepare(cfg.data, folder, tokenizer)
@@ -266,13 +270,15 @@ def open_data(
     ids = np.concatenate([read_shard(f) for f in list_shards(folder, "val")] or [[]])
     if len(ids) < 2: raise InputError(f"{cfg.data}: the validation part is empty")
     if cfg.val_tokens: ids = ids[:cfg.val_tokens + 1]
-    files = list_shards(folder, "train")
+    files, T = list_shards(folder, "train"), cfg.block_size
     lengths = [len(read_shard(f)) for f in files]
-    if max(lengths) <= cfg.block_size:
-        raise InputError(f"{cfg.data}: {max(lengths)} training tokens, shorter than one block; --block_size {cfg.block_size} needs {cfg.block_size + 1}")
-    loader = lambda batch_size, dist, seed: ShardLoader(files, batch_size, cfg.block_size, dist.rank, dist.world_size, seed, device=dist.device)
+    if max(lengths) <= T:
+        raise InputError(f"{cfg.data}: {max(lengths)} training tokens, shorter than one block; "
+                         f"--block_size {T} needs {T + 1}")
+    loader = lambda batch_size, dist, seed: ShardLoader(
+        files, batch_size, T, dist.rank, dist.world_size, seed, device=dist.device)
     val_bytes = int(np.asarray(tokenizer.token_bytes())[ids[1:].astype(np.int64)].sum())
-    return Data(tokenizer, sum(lengths), loader, lambda batch_size: val_windows(ids, cfg.block_size, batch_size), val_bytes)
+    return Data(tokenizer, sum(lengths), loader, lambda batch_size: val_windows(ids, T, batch_size), val_bytes)
 
 
 def shards_tokenizer(cfg, folder):
@@ -288,7 +294,7 @@ def texts_tokenizer(cfg, out, given):
     if cfg.tokenizer != "train": return load_tokenizer(cfg.tokenizer)
     return given or BPE.train(EOT.join(train_texts), cfg.vocab_size)
 
-# %% ../nbs/12_train.ipynb #8e5b7c89
+# %% ../nbs/12_train.ipynb #df064cf7
 def save_checkpoint(
     out: Path, # folder of the run
     step: int, # optimizer steps done
@@ -311,7 +317,7 @@ def save_checkpoint(
     except (Exception, CheckpointException) as e:
         if dist.is_main: shutil.rmtree(temporary, ignore_errors=True)
         cause = next((cause for cause, _ in getattr(e, "failures", {}).values()), e) # of the first rank that failed
-        raise InputError(f"step {step} could not be saved to {final} ({cause}); earlier checkpoints are kept, so make room "
+        raise InputError(f"step {step} could not be saved to {final} ({cause}); earlier checkpoints are kept, so make "
                          "and go on with --resume") from e
     for old in checkpoints(out)[:-keep] if dist.is_main else ():
         if int(old.name) != best(out)["step"]: shutil.rmtree(old)
@@ -359,7 +365,7 @@ def latest_checkpoint(
         except (OSError, ValueError, KeyError) as e: print(f"checkpoint {path.name} is damaged: {e}", file=sys.stderr)
     return None
 
-# %% ../nbs/12_train.ipynb #0c5a06c7
+# %% ../nbs/12_train.ipynb #b8180f92
 def load_checkpoint(
     path: Path, # as `latest_checkpoint` gives it
     state: dict,
@@ -375,7 +381,8 @@ def load_checkpoint(
     saved = shapes_in(path/"training")
     make_room(optimizer, {name: shape for name, shape in saved.items() if not name.startswith("rng.")})
     weights, moments = state_tensors(model, optimizer)
-    rng = random_state(dist) if f"rng.{dist.world_size}.cpu" not in saved and f"rng.{dist.world_size - 1}.cpu" in saved else {}
+    last, beyond = f"rng.{dist.world_size - 1}.cpu", f"rng.{dist.world_size}.cpu"
+    rng = random_state(dist) if last in saved and beyond not in saved else {} # of as many ranks
     rng = {name: t for name, t in rng.items() if name in saved} # the CPU's only, where that run had no GPU
     load_tensors(weights, path, dist)
     load_tensors(moments | rng, path/"training", dist)
@@ -383,7 +390,7 @@ def load_checkpoint(
     for name, t in rng.items(): (torch.cuda.set_rng_state if name.endswith("cuda") else torch.set_rng_state)(t)
     return state["step"]
 
-# %% ../nbs/12_train.ipynb #c3615f4c
+# %% ../nbs/12_train.ipynb #9094f9b4
 class RunLog:
     "Appends to `log.jsonl`; every line is a JSON object with a `kind` and, but for the first, a `step`"
     def __init__(
@@ -396,8 +403,8 @@ class RunLog:
         if path is None: return
         if path.exists():
             lines = read_log(path)
-            # what happens at a step after its checkpoint (validation, sample) will happen again
-            again = lambda line: line["kind"] in ("val", "sample") and line["step"] == step
+            # what happens at a step after its checkpoint (validation, HellaSwag, sample) will happen again
+            again = lambda line: line["kind"] in ("val", "hellaswag", "sample") and line["step"] == step
             with atomic_write(path, "w") as f:
                 f.writelines(json.dumps(l) + "\n" for l in lines if l.get("step", 0) <= step and not again(l))
         self.file = open(path, "a", encoding="utf-8")
@@ -414,7 +421,7 @@ def read_log(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(l) for l in lines]
 
-# %% ../nbs/12_train.ipynb #ea60ee64
+# %% ../nbs/12_train.ipynb #09c9c9f4
 def reporter(
     name: str, # tensorboard, wandb, or nothing
     out: Path, # folder of the run
@@ -424,8 +431,9 @@ def reporter(
     if not name: return None
     if name not in ("tensorboard", "wandb"): raise InputError(f"unknown --report_to {name!r}: use tensorboard or wandb")
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"--report_to {name}: the package {name} is not installed; pip install {name}, or leave it out")
-    figures = lambda line: {f"{line['kind']}/{k}": v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
+        raise InputError(f"--report_to {name}: {name} is not installed; pip install {name}, or leave it out")
+    def figures(line):
+        return {f"{line['kind']}/{k}": v for k, v in line.items() if k != "step" and isinstance(v, int | float)}
     if name == "wandb":
         import wandb
         wandb.init(project="gpt2_nb", name=out.name, dir=out, config=config, resume="allow")
@@ -438,7 +446,7 @@ def reporter(
         writer.flush()
     return report
 
-# %% ../nbs/12_train.ipynb #572b732e
+# %% ../nbs/12_train.ipynb #a268bc08
 def environment(
     device: torch.device,
 ) -> dict:
@@ -447,7 +455,8 @@ def environment(
                          capture_output=True, text=True) if shutil.which("git") else None
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "tiktoken")}
-    return dict(git_commit=git.stdout.strip() or None if git else None, python=platform.python_version(), versions=versions,
+    commit = git.stdout.strip() or None if git else None
+    return dict(git_commit=commit, python=platform.python_version(), versions=versions,
                 hardware=hardware, cpus=os.cpu_count(), threads=torch.get_num_threads())
 
 # %% ../nbs/12_train.ipynb #9f49ee74
@@ -467,7 +476,7 @@ def catch_signals():
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../nbs/12_train.ipynb #59da06c1
+# %% ../nbs/12_train.ipynb #67698610
 @dataclass
 class Run:
     "What a training run holds while it goes"
@@ -482,12 +491,13 @@ class Run:
     data: Data
     log: RunLog
     step: int # optimizer steps done
+    choices: Choices | None = None # HellaSwag, if the run is judged on it
 
 
 FIXED = ("data tokenizer vocab_size padded_vocab_size block_size n_layer n_head n_embd document_mask total_batch_size "
          "seed schedule").split()
 
-# %% ../nbs/12_train.ipynb #4126e721
+# %% ../nbs/12_train.ipynb #5c36ae55
 def resume_config(
     folder: Path, # may hold a run
     make: Callable = make_config, # from flags to a configuration
@@ -501,10 +511,11 @@ def resume_config(
     except (ValueError, KeyError) as e: raise InputError(f"{folder/'config.json'} is not a run's configuration: {e}")
     for name in fixed:
         if given.get(name, saved[name]) != saved[name]:
-            raise InputError(f"--{name} {given[name]} differs from the run's {saved[name]}: a resumed run keeps its model and its batches")
+            raise InputError(f"--{name} {given[name]} differs from the run's {saved[name]}: "
+                             "a resumed run keeps its model and its batches")
     return make(**{**saved, **given})
 
-# %% ../nbs/12_train.ipynb #c063262c
+# %% ../nbs/12_train.ipynb #53acb3f6
 def open_run(
     cfg: TrainConfig,
     dist: Dist | None = None, # None for one process on `cfg.device`
@@ -535,6 +546,7 @@ def _open_run(cfg, out, dist, open_data, adapt):
     start, given = load_model(cfg.init_from, "cpu") if cfg.init_from and not found else (None, None)
     if not dist.is_main: barrier(dist) # until the first rank has made the data
     data = open_data(cfg, out, given)
+    choices = open_choices(cfg, data.tokenizer)
     if dist.is_main: barrier(dist)
 
     seed_everything(cfg.seed) # all ranks draw the same weights
@@ -554,7 +566,14 @@ def _open_run(cfg, out, dist, open_data, adapt):
         if (best(out)["step"] or 0) > step: (out/"best.json").unlink() # its checkpoint was damaged or deleted
         with atomic_write(out/"config.json", "w") as f:
             json.dump(dict(train=asdict(cfg), model=asdict(model.cfg)), f, indent=1)
-    return Run(cfg, out, dist, model, step_model, optimizer, loader, accumulate, data, log, step)
+    return Run(cfg, out, dist, model, step_model, optimizer, loader, accumulate, data, log, step, choices)
+
+
+def open_choices(cfg: TrainConfig, tokenizer: BPE) -> Choices | None:
+    "HellaSwag's examples in tokens, or None for a run that is not judged on it"
+    if not cfg.hellaswag_interval: return None
+    try: return tokenize(load_examples(cfg.hellaswag_data), tokenizer)
+    except InputError as e: raise InputError(f"{e}; to train without HellaSwag, --hellaswag_interval 0") from e
 
 
 def saved_shape(out: Path) -> GPTConfig:
@@ -571,21 +590,23 @@ def make_model(
     if start is None: return GPT(model_config(cfg, tokenizer.n_vocab))
     if cfg.block_size > start.cfg.block_size:
         raise InputError(f"--block_size {cfg.block_size} is longer than the {start.cfg.block_size} of {cfg.init_from}")
-    model = GPT(replace(start.cfg, block_size=cfg.block_size, dropout=cfg.dropout, padded_vocab_size=cfg.padded_vocab_size))
+    own = dict(block_size=cfg.block_size, dropout=cfg.dropout, padded_vocab_size=cfg.padded_vocab_size)
+    model = GPT(replace(start.cfg, **own))
     state, rows = start.state_dict(), model.state_dict()
     for name, p in state.items(): # positions that are not reached are left out, padding stays as it was drawn
         n = min(len(p), len(rows[name]))
         rows[name][:n] = p[:n]
     return model
 
-# %% ../nbs/12_train.ipynb #fa39e464
+# %% ../nbs/12_train.ipynb #f3e94e8d
 def validate(
     run: Run,
 ) -> dict: # loss (nats a token), bits_per_byte, tokens
     "Validation loss of the run's model, written to the log; the checkpoint of this step may become the best"
     cfg, data = run.cfg, run.data
     batch_size = max(1, (32_768 if run.dist.device.type == "cuda" else 4096) // cfg.block_size)
-    loss, n = evaluate_loss(run.model, data.val(batch_size), precision(run.dist.device, cfg.dtype), run.dist, within_documents(run))
+    how = precision(run.dist.device, cfg.dtype), run.dist, within_documents(run)
+    loss, n = evaluate_loss(run.model, data.val(batch_size), *how)
     result = dict(loss=loss, bits_per_byte=bits_per_byte(loss, n, data.val_bytes), tokens=n)
     run.log("val", step=run.step, **result)
     saved = run.dist.is_main and (run.out/"ckpt"/f"{run.step:08d}").exists()
@@ -597,7 +618,7 @@ def validate(
 def within_documents(run: Run) -> Callable | None: # from x (B, T) to the model's mask and positions
     "What keeps attention within documents, where the run wants that"
     eot = run.data.tokenizer.eot
-    return (lambda x: dict(mask=document_mask(x, eot), pos=document_positions(x, eot))) if run.cfg.document_mask else None
+    if run.cfg.document_mask: return lambda x: dict(mask=document_mask(x, eot), pos=document_positions(x, eot))
 
 
 def sample(
@@ -605,15 +626,28 @@ def sample(
     max_new_tokens: int = 200,
 ) -> str:
     "A text that the run's model goes on with, written to the log and to `samples.txt`; all ranks must call it"
-    generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step) # leaves training's own generator alone
-    how = dict(temperature=0.8, top_k=50, generator=generator)
-    with gathered(run.model): text, = generate_text(run.model, run.data.tokenizer, run.cfg.sample_prompt, max_new_tokens, **how)
+    generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step) # training's own is left alone
+    how = dict(max_new_tokens=max_new_tokens, temperature=0.8, top_k=50, generator=generator)
+    with gathered(run.model): text, = generate_text(run.model, run.data.tokenizer, run.cfg.sample_prompt, **how)
     run.log("sample", step=run.step, text=text)
     if run.dist.is_main:
         with open(run.out/"samples.txt", "a", encoding="utf-8") as f: f.write(f"--- step {run.step}\n{text}\n\n")
     return text
 
-# %% ../nbs/12_train.ipynb #b9e4f735
+# %% ../nbs/12_train.ipynb #d3fc9213
+def hellaswag(
+    run: Run,
+) -> dict: # `completion_acc`, `completion_acc_norm`, `harness_acc`, `harness_acc_norm` (0 to 1), `examples`
+    "Accuracy on HellaSwag in both styles, written to the log; all ranks must call it"
+    dist, autocast = run.dist, precision(run.dist.device, run.cfg.dtype)
+    add_up = (lambda t: all_sum(t.to(dist.device), dist).cpu()) if dist.world_size > 1 else None
+    share = dict(rank=dist.rank, world_size=dist.world_size, reduce=add_up)
+    with gathered(run.model): scores = evaluate(run.model, run.choices, autocast=autocast, **share)
+    result = {name: a.mean for name, a in scores.accuracies().items()} | dict(examples=len(scores.examples))
+    run.log("hellaswag", step=run.step, **result)
+    return result
+
+# %% ../nbs/12_train.ipynb #dbfdf6e3
 def plot_run(
     path: Path, # a log.jsonl
     ax=None, # matplotlib axes to draw on; None makes new ones
@@ -623,7 +657,7 @@ def plot_run(
     if ax is None: _, ax = plt.subplots(figsize=(6.4, 3.4), constrained_layout=True)
     lines = read_log(path)
     train, val = ([l for l in lines if l["kind"] == k] for k in ("train", "val"))
-    ax.plot([l["step"] for l in train], [l["loss"] for l in train], lw=0.8, alpha=0.7, label="training, one batch a point")
+    ax.plot([l["step"] for l in train], [l["loss"] for l in train], lw=0.8, alpha=0.7, label="training, by batch")
     title = "Training"
     if val:
         ax.plot([l["step"] for l in val], [l["loss"] for l in val], "o-", ms=4, label="validation")
@@ -632,7 +666,7 @@ def plot_run(
     ax.legend()
     return ax
 
-# %% ../nbs/12_train.ipynb #0238e551
+# %% ../nbs/12_train.ipynb #aa29d201
 def describe(
     run: Run,
 ) -> str:
@@ -640,24 +674,27 @@ def describe(
     cfg, model, world_size = run.cfg, run.model, run.dist.world_size
     flops, epoch = flops_per_token(model.cfg, cfg.block_size), run.data.tokens
     left = (cfg.max_iters - run.step) * cfg.total_batch_size
-    where = f"{world_size} processes ({cfg.parallel}), the first on {run.dist.device}" if world_size > 1 else str(run.dist.device)
-    shape = f"{model.cfg.n_layer} layers, {model.cfg.n_embd} wide, {model.cfg.n_head} heads, {model.cfg.vocab_size:,} ids"
+    where = str(run.dist.device)
+    if world_size > 1: where = f"{world_size} processes ({cfg.parallel}), the first on {where}"
+    m, sizes = model.cfg, f"{world_size} × {run.accumulate} × {run.loader.batch_size}"
     return "\n".join([
         f"run      {run.out}" + (f", going on from step {run.step:,}" if run.step else ""),
-        f"model    {n_params(model.cfg):,} parameters: {shape}",
+        f"model    {n_params(m):,} parameters: {m.n_layer} layers, {m.n_embd} wide, {m.n_head} heads, "
+        f"{m.vocab_size:,} ids",
         f"data     {cfg.data}: {epoch:,} training tokens",
-        f"step     {cfg.total_batch_size:,} tokens: {world_size} × {run.accumulate} × {run.loader.batch_size} sequences of "
-        f"{cfg.block_size}; peak learning rate {cfg.learning_rate:g}, {cfg.schedule}, {cfg.warmup_iters} steps of warm-up",
-        f"to do    {cfg.max_iters - run.step:,} steps, {left:,} tokens ({left / epoch:.1f} epochs), {left * flops:.2g} FLOPs on {where}"])
+        f"step     {cfg.total_batch_size:,} tokens: {sizes} sequences of {cfg.block_size}; peak learning rate "
+        f"{cfg.learning_rate:g}, {cfg.schedule}, {cfg.warmup_iters} steps of warm-up",
+        f"to do    {cfg.max_iters - run.step:,} steps, {left:,} tokens ({left / epoch:.1f} epochs), "
+        f"{left * flops:.2g} FLOPs on {where}"])
 
 
 def n_params(cfg: GPTConfig) -> int:
     "Parameters of a model, counted without making it"
     with torch.device("meta"): return GPT(cfg).num_params()
 
-# %% ../nbs/12_train.ipynb #4ec915c7
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
-              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12} # bf16, dense, from NVIDIA's data sheets
+# %% ../nbs/12_train.ipynb #2db6c8cb
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12,
+              "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12} # bf16, dense, from data sheets
 
 def mfu(
     tokens_per_s: float, # over all ranks
@@ -671,7 +708,7 @@ def mfu(
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
     return tokens_per_s * flops_per_token(cfg, T) / (peak * dist.world_size) if peak else None
 
-# %% ../nbs/12_train.ipynb #7f67f10a
+# %% ../nbs/12_train.ipynb #03ec1397
 def check_skips(
     run: Run,
     streak: int, # steps in a row that were not applied
@@ -680,8 +717,8 @@ def check_skips(
     if streak < run.cfg.max_skips: return
     saved = checkpoints(run.out)
     kept = f"the last good weights are in {saved[-1]}" if saved else "no checkpoint was saved before"
-    raise InputError(f"{streak} steps in a row, up to step {run.step}, had a loss or gradient that is not finite; {kept}; "
-                     "a lower --learning_rate or a longer --warmup_iters may help")
+    raise InputError(f"{streak} steps in a row, up to step {run.step}, had a loss or gradient that is not finite; "
+                     f"{kept}; a lower --learning_rate or a longer --warmup_iters may help")
 
 
 def out_of_patience(run: Run) -> bool:
@@ -698,10 +735,11 @@ def say_memory(cfg: TrainConfig):
     except RuntimeError as e: # torch.OutOfMemoryError is one, and the CPU's allocator raises no other
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
         also = "" if cfg.grad_checkpoint else ", or add --grad_checkpoint"
-        raise InputError(f"out of memory with micro-batches of {cfg.batch_size} × {cfg.block_size} tokens: lower --batch_size "
-                         f"(a step keeps its --total_batch_size and is the same){also}, or share the model with --parallel fsdp") from e
+        raise InputError(f"out of memory with micro-batches of {cfg.batch_size} × {cfg.block_size} tokens: lower "
+                         f"--batch_size (a step keeps its --total_batch_size and is the same){also}, or share the model "
+                         "with --parallel fsdp") from e
 
-# %% ../nbs/12_train.ipynb #31c0163e
+# %% ../nbs/12_train.ipynb #f8b07829
 class Profile:
     "torch's profiler over `n` steps, into `folder`; call `step` after each"
     def __init__(
@@ -711,8 +749,10 @@ class Profile:
         skip: int = 3, # steps before them
     ):
         self.folder, self.last, self.done = folder, skip + n, 0
-        self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=skip - 1, warmup=1, active=n)) if n else None
-        if n: self.profiler.start()
+        self.profiler = None
+        if not n: return
+        self.profiler = torch.profiler.profile(schedule=torch.profiler.schedule(wait=skip - 1, warmup=1, active=n))
+        self.profiler.start()
 
     def step(self):
         if self.profiler is None: return
@@ -732,7 +772,7 @@ class Profile:
         table = profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=40)
         (self.folder/"table.txt").write_text(table, encoding="utf-8")
 
-# %% ../nbs/12_train.ipynb #fbe245a2
+# %% ../nbs/12_train.ipynb #a8b0ecc6
 def train(
     cfg: TrainConfig,
     progress: bool = True, # show a progress bar
@@ -767,6 +807,7 @@ def loop(
             run.log("checkpoint", step=run.step, path=f"ckpt/{run.step:08d}")
         if stopped: break
         if due(cfg.eval_interval): result = validate(run)
+        if due(cfg.hellaswag_interval): hellaswag(run)
         if due(cfg.sample_interval) and not done: sample(run) # the last one is `train`'s
         if done or (due(cfg.eval_interval) and out_of_patience(run)): break
 
@@ -787,7 +828,8 @@ class Meter:
     "Collects what steps leave on the device, and reads it for the log and the progress bar"
     def __init__(self, run: Run, progress: bool):
         self.run, self.said, self.streak = run, not progress, 0
-        self.bar = tqdm(total=run.cfg.max_iters, initial=run.step, unit="step", disable=not progress, dynamic_ncols=True)
+        show = dict(disable=not progress, dynamic_ncols=True, unit="step")
+        self.bar = tqdm(total=run.cfg.max_iters, initial=run.step, **show)
         self.reset()
 
     def reset(self):
@@ -804,7 +846,7 @@ class Meter:
     def add(self, left: tuple): self.pending.append(torch.stack([t.detach().float() for t in left]))
 
     def read(self, lr: float, val: dict, logged: bool):
-        "Wait for the device, then write the log's lines for the steps since the last reading; of good steps only if `logged`"
+        "Wait for the device, then log the steps since the last reading: those skipped, and the last one if `logged`"
         run, cfg = self.run, self.run.cfg
         rows = torch.stack(self.pending).tolist() # waits for the device
         rate = len(rows) * cfg.total_batch_size / (time.perf_counter() - self.begin)
@@ -817,7 +859,7 @@ class Meter:
                     **{} if used is None else dict(mfu=used))
         if not self.said and run.step > self.bar.initial + 1: # the first step is slow
             self.said, left = True, (cfg.max_iters - run.step) * cfg.total_batch_size / rate
-            if left > 20: self.bar.write(f"time     about {left / 60:.1f} minutes at {rate:,.0f} tokens/s, and validation")
+            if left > 20: self.bar.write(f"time     about {left / 60:.1f} minutes at {rate:,.0f} tokens/s, plus evaluation")
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s" + (f", val {val['loss']:.3f}" if val else ""))
         self.bar.update(run.step - self.bar.n)
         check_skips(run, self.streak)
@@ -847,7 +889,7 @@ def watch_run(
         if handle: handle.update(fig)
     plt.close(fig)
 
-# %% ../nbs/12_train.ipynb #df0de8e6
+# %% ../nbs/12_train.ipynb #65297320
 def finish(
     result: dict, # as `train` returns it
 ):
@@ -859,12 +901,14 @@ def finish(
         plot_run(run.out/"log.jsonl", figure.subplots())
         figure.savefig(run.out/"loss.png")
     if result["stopped"]:
-        if run.dist.is_main: print(f"stopped and saved at step {run.step:,}; to go on: gpt2_train --out {run.out} --resume")
+        if run.dist.is_main: print(f"stopped and saved {run.out} at step {run.step:,}; to go on, add --resume")
         raise SystemExit(128 + result["stopped"])
     if not run.dist.is_main: return
     print(f"\n{result['sample']}\n")
-    print(f"validation loss {result['loss']:.4f} nats a token = {result['bits_per_byte']:.4f} bits per byte, over {result['tokens']:,} tokens")
-    print(f"trained and validated in {result['seconds']:.0f} s; the run is in {run.out}; more text: gpt2_generate --model {run.out}")
+    nats, bits, n = (result[name] for name in ("loss", "bits_per_byte", "tokens"))
+    print(f"validation loss {nats:.4f} nats a token = {bits:.4f} bits per byte, over {n:,} tokens")
+    print(f"trained and validated in {result['seconds']:.0f} s; the run is in {run.out}; "
+          f"more text: gpt2_generate --model {run.out}")
 
 # %% ../nbs/12_train.ipynb #64f94d00
 @cli(spec=TrainConfig)
