@@ -7,9 +7,10 @@ __all__ = ['test_tensor', 'test_raises', 'seed_everything', 'InputError', 'pick_
            'pick_dtype', 'atomic_write', 'sha256', 'cache_dir', 'wheel_files', 'FlagParser', 'flags_of', 'parse_flags',
            'cli', 'plot_style']
 
-# %% ../nbs/00_core.ipynb #48de6d19
+# %% ../nbs/00_core.ipynb #7792242d
 import argparse
 import hashlib
+import importlib
 import inspect
 import os
 import random
@@ -174,7 +175,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
-# %% ../nbs/00_core.ipynb #668558e0
+# %% ../nbs/00_core.ipynb #d665feb9
 def flags_of(
     spec, # a function or dataclass with docments
 ) -> dict: # name -> parameter, as fastcore's `docments` gives them
@@ -193,7 +194,9 @@ def parse_flags(
     prog: str | None = None, # name in messages; None takes the program's own
 ) -> dict: # the flags that were given, and only those
     "Read command-line flags as `spec` names and annotates them"
-    prog = prog or Path(sys.argv[0]).stem
+    prog, module = prog or Path(sys.argv[0]).stem, getattr(sys.modules["__main__"], "__spec__", None)
+    if isinstance(spec, type) and spec.__module__ == "__main__" and module: # under -m, where no comments are read
+        spec = getattr(importlib.import_module(module.name), spec.__name__, spec)
     parser = FlagParser(prog=prog, description=(spec.__doc__ or "").split("\n")[0], allow_abbrev=False)
     for name, p in flags_of(spec).items():
         kind = (dict(action=argparse.BooleanOptionalAction) if p.anno is bool else
