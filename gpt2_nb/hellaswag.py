@@ -7,7 +7,7 @@ __all__ = ['SAMPLE', 'STYLES', 'TEXTS', 'REPO', 'harness_text', 'write_out', 'ch
            'Choice', 'Choices', 'tokenize', 'Tree', 'tree_mask', 'make_trees', 'plan_batches', 'score_trees',
            'Accuracy', 'accuracy', 'Scores', 'all_trees', 'evaluate', 'main']
 
-# %% ../nbs/10_hellaswag.ipynb #cae2f625
+# %% ../nbs/10_hellaswag.ipynb #0a01771c
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .core import InputError, atomic_write, cache_dir, cli, pick_dtype
 from .bpe import BPE
-from .model import GPT, chunk_rows
+from .model import GPT, chunk_rows, logits_budget
 from .pretrained import check_ids, load_model
 
 # %% ../nbs/10_hellaswag.ipynb #9791aa53
@@ -208,7 +208,7 @@ def plan_batches(
         else: batches.append([i])
     return batches
 
-# %% ../nbs/10_hellaswag.ipynb #8a4b3587
+# %% ../nbs/10_hellaswag.ipynb #24200e82
 @torch.no_grad()
 def score_trees(
     model: GPT, # in eval mode
@@ -228,7 +228,7 @@ def score_trees(
     idx, pos, branch = rows.to(device, non_blocking=True)
     at, targets = torch.tensor(np.array([at, targets]), device=device)
     with autocast(): x = model.hidden(idx, pos=pos, mask=tree_mask(branch)).flatten(0, 1)[at].float() # (n, C)
-    n = chunk_rows(model.cfg.vocab_rows, x.shape[-1], device.type)
+    n = chunk_rows(model.cfg.vocab_rows, x.shape[-1], logits_budget(device))
     losses = [F.cross_entropy(model.head(a), t, reduction="none") for a, t in zip(x.split(n), targets.split(n))]
     return -torch.cat(losses), torch.tensor(cells)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GPTConfig', 'MLP', 'Block', 'padded_logits', 'mean_loss', 'check_range', 'check_input', 'check_targets',
-           'GPT', 'ChunkedLoss', 'chunk_rows', 'linear_cross_entropy', 'flops_per_token']
+           'GPT', 'ChunkedLoss', 'chunk_rows', 'logits_budget', 'linear_cross_entropy', 'flops_per_token']
 
 # %% ../nbs/03_model.ipynb #51d65a66
 from dataclasses import dataclass
@@ -254,15 +254,16 @@ class GPT(nn.Module):
         "Number of parameters; the tied embedding counts once"
         return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/03_model.ipynb #ef335673
+# %% ../nbs/03_model.ipynb #17a72965
 class ChunkedLoss(torch.autograd.Function):
     "Sum of the cross-entropies of `x @ weight.T`, some rows at a time, with the gradients computed on the way"
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, ignore_index, chunk, grads): # (N, C), (rows, C), (N,)
+    def forward(ctx, x, weight, targets, vocab_size, ignore_index, chunk, wanted): # (N, C), (rows, C), (N,)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         counts, targets = (targets != ignore_index)[:, None], targets.masked_fill(targets == ignore_index, 0)[:, None]
-        w, grad_x, grad_w, total = weight.to(dtype), torch.empty_like(x), torch.zeros_like(weight), 0.0
+        w, total = weight.to(dtype), 0.0
+        grad_x, grad_w = torch.empty_like(x) if wanted[0] else None, torch.zeros_like(weight) if wanted[1] else None
         for i in range(0, len(x), chunk):
             part = slice(i, i + chunk)
             a, t, c = x[part].to(dtype), targets[part], counts[part].float() # (n, C), (n, 1), (n, 1)
@@ -270,30 +271,41 @@ class ChunkedLoss(torch.autograd.Function):
             p -= p.amax(-1, keepdim=True)
             picked, norm = p.gather(1, t), p.exp_().sum(-1, keepdim=True)
             total = total + ((norm.log() - picked) * c).sum()
-            if not grads: continue
-            p = p.mul_(c / norm).scatter_add_(1, t, -c).to(dtype) # softmax minus one-hot, 0 where nothing counts
-            grad_x[part] = p @ w
-            grad_w += p.t() @ a
-        if grads: ctx.save_for_backward(grad_x, grad_w)
+            if not any(wanted): continue
+            p = p.mul_(c / norm) # softmax, 0 where nothing counts
+            if torch.compiler.is_compiling(): p = torch.where(torch.arange(p.shape[1], device=p.device) == t, p - c, p)
+            else: p.scatter_add_(1, t, -c) # minus one-hot; the line above is the same, in a form that fuses
+            p = p.to(dtype)
+            if wanted[0]: grad_x[part] = p @ w
+            if wanted[1]: grad_w += p.t() @ a
+        ctx.save_for_backward(grad_x, grad_w)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, factor):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * factor, grad_w * factor, None, None, None, None, None
+        grads = [None if g is None else g * factor for g in ctx.saved_tensors]
+        return *grads, None, None, None, None, None
 
-# %% ../nbs/03_model.ipynb #d2bb0a43
+# %% ../nbs/03_model.ipynb #e0282e6c
 def chunk_rows(
     vocab_size: int, # V, with padding
     n_embd: int, # C
-    device_type: str, # cpu, cuda or mps
+    budget: int, # bytes that logits in fp32 may take, as from `logits_budget`
 ) -> int:
     "How many rows of logits to have at one time"
-    budget = 2**25 if device_type == "cpu" else 2**30 # bytes of fp32 logits
     return max(n_embd, budget // (4 * vocab_size))
 
-# %% ../nbs/03_model.ipynb #e3ce27df
+
+@torch.compiler.assume_constant_result
+def logits_budget(
+    device: torch.device,
+) -> int: # bytes
+    "What a chunk's logits in fp32 may take: 32 MiB on a CPU, an eighth of a CUDA device's memory, elsewhere 1 GiB"
+    if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory // 8
+    return 2**25 if device.type == "cpu" else 2**30
+
+# %% ../nbs/03_model.ipynb #4fb83abe
 def linear_cross_entropy(
     x: torch.Tensor, # (..., C), hidden states
     weight: torch.Tensor, # (rows, C), the head's matrix
@@ -305,15 +317,15 @@ def linear_cross_entropy(
 ) -> torch.Tensor: # nats, in fp32; 0 if no target counts
     "Mean cross-entropy of `x @ weight.T`, of whose logits no more than `chunk` rows exist; goes backward once"
     x, targets, vocab_size = x.flatten(0, -2), targets.flatten(), vocab_size or len(weight) # (N, C), (N,)
-    chunk = min(len(x), chunk or chunk_rows(len(weight), x.shape[-1], x.device.type))
+    chunk = min(len(x), chunk or chunk_rows(len(weight), x.shape[-1], logits_budget(x.device)))
     plain = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if fused and plain and hasattr(nn, "LinearCrossEntropyOptions") and not torch.compiler.is_compiling():
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
         total = F.linear_cross_entropy(x, weight[:vocab_size], targets, ignore_index=ignore_index,
                                        reduction="sum", options=options)
     else:
-        grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        total = ChunkedLoss.apply(x, weight, targets, vocab_size, ignore_index, chunk, grads)
+        wanted = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+        total = ChunkedLoss.apply(x, weight, targets, vocab_size, ignore_index, chunk, wanted)
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 # %% ../nbs/03_model.ipynb #79ea19cc
