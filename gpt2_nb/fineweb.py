@@ -7,10 +7,11 @@ __all__ = ['DIRECTION', 'BEFORE_SPACE', 'READERS', 'HUB', 'FORWARD', 'SPACE', 'L
            'play_files', 'read_play', 'plays', 'read_txt', 'decode_part', 'read_jsonl', 'read_parquet', 'FileSource',
            'HubSource', 'text_files', 'hub_commit', 'open_source', 'Part', 'train_val_parts', 'documents',
            'train_val_texts', 'read_batches', 'BulkEncoder', 'encode_batch', 'encode_batches', 'SplitWriter',
-           'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'splits_to_make', 'write_shards',
-           'prepare', 'count_ids', 'download_shards', 'main']
+           'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'lock_folder', 'written_folder',
+           'splits_to_make', 'write_shards', 'shard_settings', 'prepare', 'count_ids', 'shards_on_hub', 'fetch_shard',
+           'download_shards', 'prepare_tokenizer', 'say_shards', 'main']
 
-# %% ../nbs/07_fineweb.ipynb #d3a12a4f
+# %% ../nbs/07_fineweb.ipynb #e2f7165e
 import codecs
 import hashlib
 import json
@@ -22,6 +23,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -487,7 +489,44 @@ def what_is_there(
     there = all((out/s["file"]).is_file() and len(read_shard(out/s["file"])) == s["tokens"] for s in have.shards)
     return replace(have, source=wanted.source) if there else wanted # the same text may lie elsewhere now; or a shard is gone: make all again
 
-# %% ../nbs/07_fineweb.ipynb #56d5e256
+# %% ../nbs/07_fineweb.ipynb #c3cea6c0
+@contextmanager
+def lock_folder(
+    out: Path, # a folder that is there
+):
+    "Keep other processes from writing a folder; `InputError` where one is at it"
+    try: import fcntl # POSIX only; elsewhere there is no lock
+    except ImportError: return (yield)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: raise InputError(f"{out}: another process is writing there; wait for it, or stop it")
+        except OSError: pass # some network file systems know no locks
+        yield
+    finally: os.close(handle)
+
+
+@contextmanager
+def written_folder(
+    out: Path, # folder of shards, may be new
+):
+    "Make a folder and lock it; after an error nothing stays in it but finished shards and what goes with them"
+    new = next((p for p in [*reversed(out.parents), out] if not p.exists()), None) # the first folder that we make
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(f"{out}: {e.strerror}") from e
+    with lock_folder(out):
+        try: yield
+        except (OSError, InputError) as e:
+            manifest = Manifest.load(out)
+            done = manifest.shards if manifest else []
+            if not done:
+                for name in ("manifest.json", "tokenizer.json"): (out/name).unlink(missing_ok=True)
+                if new: shutil.rmtree(new, ignore_errors=True)
+            if isinstance(e, InputError): raise
+            raise InputError(f"{out}: {e.strerror or e}; {len(done)} shards are complete and stay, and the same command "
+                             "goes on from there") from e
+
+# %% ../nbs/07_fineweb.ipynb #85875684
 def splits_to_make(
     manifest: Manifest, # says how the text is held out
     config: str,
@@ -505,7 +544,6 @@ def write_shards(out: Path, manifest: Manifest, tokenizer: BPE, workers: int) ->
     "Make all shards that `manifest` does not have yet"
     splits = splits_to_make(manifest, manifest.config)
     done = [split for split, *_ in splits].index(manifest.position.get("split", splits[0][0]))
-    out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(".*.tmp"): old.unlink() # what a killed process was writing
     tokenizer.save(out/"tokenizer.json")
     manifest.save(out)
@@ -522,6 +560,24 @@ def write_shards(out: Path, manifest: Manifest, tokenizer: BPE, workers: int) ->
     return manifest
 
 
+def shard_settings(
+    name: str, # of the source
+    hub: bool, # whether it is FineWeb on the Hub
+    val_fraction: float,
+    format: str,
+    shard_tokens: int,
+    max_tokens: int | None,
+    val_tokens: int | None,
+) -> dict:
+    "How text is held out and cut into shards, as the manifest has it; `InputError` for what cannot be done"
+    if format not in ("bin", "npy"): raise InputError(f"unknown format {format!r}: use bin or npy")
+    for key, value in dict(shard_tokens=shard_tokens, max_tokens=max_tokens, val_tokens=val_tokens).items():
+        if value is not None and value < 1: raise InputError(f"{key} is {value}, and must be at least 1")
+    val_tokens = val_tokens or (shard_tokens if hub else None)
+    return dict(name=re.sub(r"\W+", "-", Path(name).stem), format=format, shard_tokens=shard_tokens,
+                max_tokens=max_tokens, val_tokens=val_tokens, val_fraction=None if val_tokens else val_fraction)
+
+
 def prepare(
     name, # shakespeare, fineweb-edu, fineweb, or a .txt, .jsonl or .parquet file or a folder of these
     out, # folder for shards, manifest.json and tokenizer.json
@@ -535,34 +591,20 @@ def prepare(
     workers: int | None = None, # threads; None for one a core
 ) -> Manifest: # of the finished folder
     "Write a source as token shards, each document after `<|endoftext|>`; what is there already is not made again"
-    if format not in ("bin", "npy"): raise InputError(f"unknown format {format!r}: use bin or npy")
-    numbers = dict(shard_tokens=shard_tokens, max_tokens=max_tokens, val_tokens=val_tokens, workers=workers)
-    for key, value in numbers.items():
-        if value is not None and value < 1: raise InputError(f"{key} is {value}, and must be at least 1")
-    if tokenizer.n_vocab > 2**16: raise InputError(f"a tokenizer of {tokenizer.n_vocab:,} ids does not fit into uint16")
     out, hub = Path(out), str(name) in HUB and not Path(name).exists()
+    if workers is None: workers = os.cpu_count() or 1
+    settings = shard_settings(name, hub, val_fraction, format, shard_tokens, max_tokens, val_tokens)
+    if workers < 1: raise InputError(f"workers is {workers}, and must be at least 1")
+    if tokenizer.n_vocab > 2**16: raise InputError(f"a tokenizer of {tokenizer.n_vocab:,} ids does not fit into uint16")
     if config and not hub: raise InputError(f"{name} has no configurations, so leave out config {config!r}")
     config = config or "sample-10BT" if hub else ""
-    val_tokens = val_tokens or (shard_tokens if hub else None)
-    settings = dict(name=re.sub(r"\W+", "-", Path(name).stem), format=format, shard_tokens=shard_tokens,
-                    max_tokens=max_tokens, val_tokens=val_tokens, val_fraction=None if val_tokens else val_fraction)
     known = Manifest.load(out) if out.is_dir() else None # a run that goes on keeps its commit
-    source = open_source(name, config, known and known.revision)
-    wanted = Manifest(str(name), source.revision(), tokenizer_hash(tokenizer), config, settings)
-    manifest = what_is_there(out, wanted)
-    if manifest.finished: return manifest
-    new = next((p for p in [*reversed(out.parents), out] if not p.exists()), None) # the first folder that we make
-    try: return write_shards(out, manifest, tokenizer, workers or os.cpu_count() or 1)
-    except (OSError, InputError) as e:
-        done = Manifest.load(out).shards if (out/"manifest.json").exists() else []
-        if not done: # nothing worth keeping
-            for name in ("manifest.json", "tokenizer.json"): (out/name).unlink(missing_ok=True)
-            if new: shutil.rmtree(new, ignore_errors=True)
-        if isinstance(e, InputError): raise
-        raise InputError(f"{out}: {e.strerror or e}; {len(done)} shards are complete and stay, and the same command "
-                         "goes on from there") from e
+    revision = open_source(name, config, known and known.revision).revision()
+    wanted = Manifest(str(name), revision, tokenizer_hash(tokenizer), config, settings)
+    if (there := what_is_there(out, wanted)).finished: return there
+    with written_folder(out): return write_shards(out, what_is_there(out, wanted), tokenizer, workers)
 
-# %% ../nbs/07_fineweb.ipynb #d2a431b7
+# %% ../nbs/07_fineweb.ipynb #a13c179d
 READY = {"fineweb10B-gpt2": "kjj0/fineweb10B-gpt2", "finewebedu10B-gpt2": "kjj0/finewebedu10B-gpt2"}
 
 def count_ids(
@@ -576,41 +618,85 @@ def count_ids(
     return totals
 
 
+def shards_on_hub(
+    repo: str, # a data set of the Hub that holds shards of GPT-2's tokens
+) -> tuple[str, dict]: # commit, and the SHA-256 of each shard by its name, validation first
+    "What there is to fetch"
+    import huggingface_hub # here, so that the rest needs no Hub
+    try: info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
+    except Exception as e:
+        raise InputError(f"{repo}: the Hugging Face Hub cannot be reached ({type(e).__name__}). Without a network, put "
+                         f"its .bin files into {cache_dir()/repo.split('/')[-1]} and train with that folder") from e
+    shards = [f for f in info.siblings if re.fullmatch(r"\w+_(val|train)_\d{6}\.bin", f.rfilename)]
+    if not shards: raise InputError(f"{repo}: no shards in it, expected files such as NAME_train_000001.bin")
+    shards.sort(key=lambda f: ("_val_" not in f.rfilename, f.rfilename))
+    return info.sha, {f.rfilename: f.lfs["sha256"] for f in shards}
+
+
+def fetch_shard(repo: str, commit: str, name: str, digest: str, out: Path) -> dict: # its entry in the manifest
+    "Bring one shard into `out`, and check it"
+    import huggingface_hub
+    try: path = huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=out)
+    except Exception as e:
+        raise InputError(f"{repo}: the download of {name} broke off ({type(e).__name__}); run the same command again") from e
+    entry = shard_entry(path)
+    if entry["sha256"] == digest: return entry
+    Path(path).unlink()
+    raise InputError(f"{path}: SHA-256 {entry['sha256']}, the Hub says {digest}: run the same command again")
+
+
 def download_shards(
     repo: str, # a data set of the Hub that holds shards of GPT-2's tokens
     out: Path, # folder for them
     max_tokens: int | None = None, # stop after the shard in which so many training tokens are reached
 ) -> Manifest: # of the finished folder
     "Fetch ready-made shards that are not there yet, and check each against the SHA-256 that the Hub gives"
-    import huggingface_hub # here, so that the rest needs no Hub
-    try: info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
-    except Exception as e:
-        raise InputError(f"{repo}: the Hugging Face Hub cannot be reached ({type(e).__name__}). Without a network, put "
-                         f"its .bin files into {cache_dir()/repo.split('/')[-1]} and train with that folder") from e
-    tokenizer, settings = BPE.gpt2(), dict(max_tokens=max_tokens)
-    manifest = what_is_there(out, Manifest(repo, info.sha, tokenizer_hash(tokenizer), settings=settings))
-    wanted = {f.rfilename: f.lfs["sha256"] for f in info.siblings if re.fullmatch(r"\w+_(val|train)_\d{6}\.bin", f.rfilename)}
-    if not wanted: raise InputError(f"{repo}: no shards in it, expected files such as NAME_train_000001.bin")
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out/"tokenizer.json")
-    for name in sorted(wanted, key=lambda n: ("_val_" not in n, n)): # validation first
-        split = "val" if "_val_" in name else "train"
-        had = manifest.splits.get(split, {})
-        if name in [s["file"] for s in manifest.shards]: continue
-        if split == "train" and max_tokens and had.get("tokens", 0) >= max_tokens: break
-        path = huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", revision=info.sha, local_dir=out)
-        if (entry := shard_entry(path))["sha256"] != wanted[name]:
-            Path(path).unlink()
-            raise InputError(f"{path}: SHA-256 {entry['sha256']}, the Hub says {wanted[name]}: run the same command again")
-        totals = Counter(had) + count_ids(path, tokenizer)
-        manifest = replace(manifest, shards=[*manifest.shards, entry], splits={**manifest.splits, split: dict(totals)})
+    (commit, wanted), tokenizer = shards_on_hub(repo), BPE.gpt2()
+    new = Manifest(repo, commit, tokenizer_hash(tokenizer), settings=dict(max_tokens=max_tokens))
+    if (there := what_is_there(out, new)).finished: return there
+    with written_folder(out):
+        manifest = what_is_there(out, new)
+        tokenizer.save(out/"tokenizer.json")
+        for name, digest in wanted.items():
+            split = "val" if "_val_" in name else "train"
+            had = manifest.splits.get(split, {})
+            if name in [s["file"] for s in manifest.shards]: continue
+            if split == "train" and max_tokens and had.get("tokens", 0) >= max_tokens: break
+            entry = fetch_shard(repo, commit, name, digest, out)
+            splits = {**manifest.splits, split: dict(Counter(had) + count_ids(out/name, tokenizer))}
+            manifest = replace(manifest, shards=[*manifest.shards, entry], splits=splits)
+            manifest.save(out)
+        shutil.rmtree(out/".cache", ignore_errors=True) # the downloader's notes
+        manifest = replace(manifest, finished=True)
         manifest.save(out)
-    shutil.rmtree(out/".cache", ignore_errors=True) # the downloader's notes
-    manifest = replace(manifest, finished=True)
-    manifest.save(out)
     return manifest
 
-# %% ../nbs/07_fineweb.ipynb #ac0477bb
+# %% ../nbs/07_fineweb.ipynb #de8a1998
+def prepare_tokenizer(
+    tokenizer: str, # gpt2, a tokenizer.json, or train
+    dataset: str, # what is going to be encoded
+    vocab_size: int, # ids of one that is trained
+    val_fraction: float, # of the text, from which it may not learn
+    val_tokens: int | None,
+) -> BPE:
+    "The tokenizer that the command's flags ask for"
+    if tokenizer != "train": return load_tokenizer(tokenizer)
+    if val_tokens or (dataset in HUB and not Path(dataset).exists()):
+        raise InputError("--tokenizer train works on local text with --val_fraction, which says what it may not "
+                         "learn from; train one on a sample and give its tokenizer.json")
+    return BPE.train(EOT.join(train_val_texts(dataset, val_fraction)[0]), vocab_size)
+
+
+def say_shards(folder: str, manifest: Manifest):
+    "Print what a folder holds"
+    for split, s in manifest.splits.items():
+        sizes = ", ".join(f"{s[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
+        print(f"{split}: {sizes} ({s['bytes'] / s['tokens']:.2f} bytes a token)")
+    if odd := {key: n for key, n in manifest.counts.items() if n}:
+        print("in the source: " + ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in odd.items()))
+    print(f"{folder}: {len(manifest.shards)} shards of {manifest.source}, every hash as in the manifest")
+
+
 @cli
 def main(
     dataset: str = "shakespeare", # shakespeare, fineweb-edu, fineweb; a .txt, .jsonl, .parquet file or a folder of these; or fineweb10B-gpt2, finewebedu10B-gpt2: shards that are ready
@@ -628,22 +714,12 @@ def main(
 ):
     "Turn documents into token shards for gpt2_train; a run that was killed goes on when it is started again."
     ready = READY.get(dataset, dataset if dataset in READY.values() else None)
-    if not verify:
-        out = out or str(Path("data")/Path(dataset).stem)
-        if ready:
-            if tokenizer != "gpt2": raise InputError(f"{dataset} is made of GPT-2's tokens: leave out --tokenizer {tokenizer}")
-            download_shards(ready, Path(out), max_tokens)
-        else:
-            if tokenizer == "train" and (val_tokens or (dataset in HUB and not Path(dataset).exists())):
-                raise InputError("--tokenizer train works on local text with --val_fraction, which says what it may not "
-                                 "learn from; train one on a sample and give its tokenizer.json")
-            if tokenizer != "train": bpe = load_tokenizer(tokenizer)
-            else: bpe = BPE.train(EOT.join(train_val_texts(dataset, val_fraction)[0]), vocab_size)
-            prepare(dataset, out, bpe, val_fraction, format, shard_tokens, max_tokens, val_tokens, config, workers)
-    manifest = verify_shards(verify or out)
-    for split, s in manifest.splits.items():
-        sizes = ", ".join(f"{s[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
-        print(f"{split}: {sizes} ({s['bytes'] / s['tokens']:.2f} bytes a token)")
-    if odd := {key: n for key, n in manifest.counts.items() if n}:
-        print("in the source: " + ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in odd.items()))
-    print(f"{verify or out}: {len(manifest.shards)} shards of {manifest.source}, every hash as in the manifest")
+    if verify: return say_shards(verify, verify_shards(verify))
+    out = out or str(Path("data")/Path(dataset).stem)
+    if ready and tokenizer != "gpt2":
+        raise InputError(f"{dataset} is made of GPT-2's tokens: leave out --tokenizer {tokenizer}")
+    if ready: download_shards(ready, Path(out), max_tokens)
+    else:
+        bpe = prepare_tokenizer(tokenizer, dataset, vocab_size, val_fraction, val_tokens)
+        prepare(dataset, out, bpe, val_fraction, format, shard_tokens, max_tokens, val_tokens, config, workers)
+    say_shards(out, verify_shards(out))
