@@ -34,7 +34,7 @@ from .loader import shuffled
 from .distributed import Dist
 from .train import FIXED, Data, TrainConfig, best, check_config, finish, open_data, resume_config, train
 
-# %% ../nbs/13_finetune.ipynb #92bfed44
+# %% ../nbs/13_finetune.ipynb #1439ec95
 ROLES = dict(system="System", user="User", assistant="Assistant")
 
 def chat_pairs(
@@ -45,7 +45,7 @@ def chat_pairs(
     said = ""
     for message in messages:
         role, content = (message.get(k) if isinstance(message, dict) else None for k in ("role", "content"))
-        if role not in ROLES: raise ValueError(f"role is {role!r}, and must be {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES: raise ValueError(f"role is {role!r}, and must be {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip(): raise ValueError(f"a message of the {role} is empty")
         if role == "assistant": yield f"{said}{ROLES[role]}:", f" {content}"
         said += f"{ROLES[role]}: {content}\n"
@@ -158,7 +158,7 @@ def fill_windows(
             at += len(e)
     return x, y
 
-# %% ../nbs/13_finetune.ipynb #3c46d17c
+# %% ../nbs/13_finetune.ipynb #28eb5976
 class WindowLoader:
     "Endless batches of ready windows in one global order, as `ShardLoader` gives them"
     def __init__(
@@ -171,6 +171,7 @@ class WindowLoader:
     ):
         self.x, self.y, self.batch_size, self.dist, self.seed = x, y, batch_size, dist, seed
         self.epoch, self.position = 0, 0 # position: windows of the epoch that all ranks together have taken
+        self.order = None, None # an epoch and its order
 
     def __iter__(self): return self
 
@@ -178,7 +179,8 @@ class WindowLoader:
         "Inputs and targets of this rank"
         need, taken = self.batch_size * self.dist.world_size, []
         while need:
-            part = shuffled(len(self.x), self.seed, self.epoch)[self.position:self.position + need]
+            if self.order[0] != self.epoch: self.order = self.epoch, shuffled(len(self.x), self.seed, self.epoch)
+            part = self.order[1][self.position:self.position + need]
             taken, need, self.position = [*taken, *part], need - len(part), self.position + len(part)
             if need: self.epoch, self.position = self.epoch + 1, 0
         mine = torch.tensor(taken).view(self.dist.world_size, -1)[self.dist.rank]
@@ -192,14 +194,14 @@ class WindowLoader:
             raise InputError(f"position {state['position']} of {len(self.x)} windows: other data")
         self.epoch, self.position = state["epoch"], state["position"]
 
-# %% ../nbs/13_finetune.ipynb #74d171dc
+# %% ../nbs/13_finetune.ipynb #7f108df0
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     "Fine-tune a model on your own text or instructions, and save the run in a folder."
     model: str = "" # what to begin from: a run's folder, a Hugging Face folder, or gpt2 ... gpt2-xl
     data: str = "" # a .jsonl with prompt and completion, or with messages, or a folder of them; or a text, or a folder
     val_data: str = "" # for a .jsonl: examples to validate on; if not given, a part of --data
-    val_fraction: float = 0.1 # that part, drawn from all examples
+    val_fraction: float = 0.1 # that part, drawn from all lines
     long: str = "skip" # examples longer than the window: skip or cut
     epochs: float = 3.0 # times that each example is seen, unless --max_iters says otherwise
     lora_r: int = 0 # rank of low-rank adapters, which are trained in place of the weights; 0 trains all weights
@@ -208,7 +210,7 @@ class FinetuneConfig(TrainConfig):
     tokenizer: str = "" # the model's own; any other is refused
     block_size: int = 0 # tokens in a window; 0 for the model's
     batch_size: int = 8 # windows in a micro-batch of one process, at most
-    total_batch_size: int = 0 # tokens in a step, over all processes; 0 for `batch_size` windows, fewer if data is small
+    total_batch_size: int = 0 # tokens in a step, over all processes; 0 for `batch_size` windows, fewer if there are few
     document_mask: bool = True # in a packed window an example sees itself only
     learning_rate: float = 0.0 # 0 for 0.04 / n_embd, and ten times that with adapters
     schedule: str = "cosine" # cosine, linear, wsd or constant, after the warm-up
@@ -216,7 +218,7 @@ class FinetuneConfig(TrainConfig):
     sample_prompt: str = "" # what a sample goes on from; if not given, the first prompt that is validated on
     max_iters: int = 0 # optimizer steps; 0 for --epochs
     weight_decay: float = 0.01 # AdamW's, on matrices
-    eval_interval: int = 0 # steps between validations; 0 for ten in the run
+    eval_interval: int = 0 # steps between validations; 0 for at most ten in the run
     save_interval: int = 0 # steps between checkpoints; 0 for one with each validation
     val_tokens: int = 0 # of a text's validation part; 0 means all
     patience: int = 3 # stop after so many validations in a row without a new best; 0 means never
@@ -260,19 +262,20 @@ def is_examples(path: str) -> bool:
     path = Path(path)
     return path.suffix == ".jsonl" or (path.is_dir() and any(path.glob("*.jsonl")))
 
-# %% ../nbs/13_finetune.ipynb #c29bc847
+# %% ../nbs/13_finetune.ipynb #4bc375e2
 def split_examples(
     cfg: FinetuneConfig,
     tokenizer: BPE, # the model's
 ) -> tuple[list[Example], list[Example]]: # to train on, to validate on
-    "All examples, of which `val_fraction` are drawn for validation where they have no file of their own"
+    "All examples, of which a part is drawn for validation, by lines, where it has no file of its own"
     examples, validation = ([encode_example(p, c, tokenizer, where) for p, c, where in read_pairs(path)] if path else []
                             for path in (cfg.data, cfg.val_data))
     if validation: return examples, validation
-    if len(examples) < 2: raise InputError(f"{cfg.data} holds one example: one more is needed, to validate on")
-    order = shuffled(len(examples), cfg.seed, 0)
-    n = min(max(1, round(cfg.val_fraction * len(examples))), len(examples) - 1)
-    return [examples[i] for i in sorted(order[n:])], [examples[i] for i in sorted(order[:n])]
+    lines = list(dict.fromkeys(e.where for e in examples)) # a conversation is one line, and several examples
+    if len(lines) < 2: raise InputError(f"{cfg.data} holds one line: one more is needed, to validate on")
+    n = min(max(1, round(cfg.val_fraction * len(lines))), len(lines) - 1)
+    drawn = {lines[i] for i in shuffled(len(lines), cfg.seed, 0)[:n]}
+    return [e for e in examples if e.where not in drawn], [e for e in examples if e.where in drawn]
 
 # %% ../nbs/13_finetune.ipynb #5fda140c
 def open_examples(
@@ -305,16 +308,18 @@ def text_tokens(
     if shards: return sum(len(read_shard(f)) for f in shards)
     return sum(len(tokenizer.encode_ordinary(text)) + 1 for text in train_val_texts(data)[0])
 
-# %% ../nbs/13_finetune.ipynb #1f15aee8
+# %% ../nbs/13_finetune.ipynb #5b927596
 def complete(
     cfg: FinetuneConfig,
     shape: GPTConfig, # of the model
     tokens: int, # in an epoch
+    world_size: int = 1, # processes
 ) -> FinetuneConfig: # with nothing left open
     "The model's part and the defaults that depend on model and data"
     T = cfg.block_size or shape.block_size
     windows = max(1, min(cfg.batch_size, tokens // T // 16)) # so that a small data set makes some steps, too
-    size = cfg.total_batch_size or windows * T # of a step, whatever the number of processes
+    windows = world_size * max(1, windows // world_size) # a step has as many for each process
+    size = cfg.total_batch_size or windows * T
     steps = cfg.max_iters or max(1, math.ceil(cfg.epochs * tokens / size))
     rate = cfg.learning_rate or 0.04 / shape.n_embd * (10 if cfg.lora_r else 1)
     between = cfg.eval_interval or -(-steps // 10)
@@ -329,7 +334,7 @@ def first_prompt(data: Data) -> str: # as the model is to be asked, from `<|endo
     (x,), (y,) = next(data.val(1))
     return data.tokenizer.decode(x[:(y != -1).nonzero()[0, 0] + 1])
 
-# %% ../nbs/13_finetune.ipynb #31482de8
+# %% ../nbs/13_finetune.ipynb #668cbba9
 def finetune(
     cfg: FinetuneConfig,
     progress: bool = True, # say what is done, and show a progress bar
@@ -344,7 +349,8 @@ def finetune(
         data, said = open_examples(cfg, tokenizer)
         cfg = replace(cfg, sample_prompt=cfg.sample_prompt or first_prompt(data))
     elif cfg.val_data: raise InputError(f"--val_data is for examples, and {cfg.data} is text, whose end is held out")
-    cfg = complete(cfg, shape, data.tokens if data else text_tokens(cfg.data, tokenizer))
+    tokens = data.tokens if data else text_tokens(cfg.data, tokenizer)
+    cfg = complete(cfg, shape, tokens, int(os.environ.get("WORLD_SIZE", 1)))
 
     def hook(cfg, out, given):
         if not data: return open_data(replace(cfg, tokenizer="train"), out, tokenizer)
@@ -392,7 +398,7 @@ def add_lora(
         for name, child in list(module.named_children()):
             if name in ADAPTED: setattr(module, name, LoRALinear(child, r, alpha))
 
-# %% ../nbs/13_finetune.ipynb #93a37250
+# %% ../nbs/13_finetune.ipynb #2b6c75a6
 def save_adapter(
     run: str | Path, # folder of a run with adapters, or of one of its checkpoints
     path: str | Path, # the new folder
@@ -408,12 +414,12 @@ def save_adapter(
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=settings["lora_r"], lora_alpha=settings["lora_alpha"],
                   target_modules=list(ADAPTED), fan_in_fan_out=True, bias="none", lora_dropout=0.0,
                   base_model_name_or_path=base or settings["model"], inference_mode=True)
-    may_replace = lambda folder: (folder/"adapter_config.json").is_file()
-    with atomic_folder(path, may_replace) as folder:
+    files = {"adapter_config.json", "adapter_model.safetensors"}
+    with atomic_folder(path, lambda folder: {p.name for p in folder.iterdir()} == files) as folder:
         save_file(state, folder/"adapter_model.safetensors", metadata={"format": "pt"})
         with atomic_write(folder/"adapter_config.json", "w") as f: json.dump(config, f, indent=1)
 
-# %% ../nbs/13_finetune.ipynb #5463598e
+# %% ../nbs/13_finetune.ipynb #88a80bee
 def export_best(
     cfg: FinetuneConfig,
     out: Path, # folder of the run
@@ -423,8 +429,12 @@ def export_best(
     checkpoint = out/"ckpt"/f"{step:08d}" if step is not None else checkpoints(out)[-1]
     model, tokenizer = load_model(checkpoint, "cpu")
     save_pretrained(model, out/"best", tokenizer)
-    if cfg.lora_r: save_adapter(checkpoint, out/"adapter")
-    return [out/"best", *[out/"adapter"] * bool(cfg.lora_r)]
+    if not cfg.lora_r: return [out/"best"]
+    origin = find_pretrained(cfg.model)
+    is_run = origin.parent.name == "ckpt" or "model" in read_json(origin/"config.json")
+    if is_run: save_pretrained(load_model(cfg.model, "cpu")[0], out/"base", tokenizer)
+    save_adapter(checkpoint, out/"adapter", str(out/"base") if is_run else cfg.model)
+    return [out/"best", out/"adapter", *[out/"base"] * is_run]
 
 # %% ../nbs/13_finetune.ipynb #63eab585
 FIXED_HERE = FIXED + "model val_data val_fraction long lora_r lora_alpha".split()
