@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from .core import InputError
 
-# %% ../nbs/02_attention.ipynb #bca02df2
+# %% ../nbs/02_attention.ipynb #df8a678f
 class KVCache:
-    "Keys and values of one attention layer, preallocated for `max_len` positions"
+    "Keys and values of one layer, preallocated for `max_len` positions; written in place, so for use under `no_grad`"
     def __init__(
         self,
         batch_size: int, # B, sequences that grow together
@@ -35,15 +35,16 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]: # keys and values of all positions so far, as views
         "Store the next keys and values; `InputError` where they do not fit"
         (B, H, room, D), T = self.k.shape, k.shape[2]
-        if k.shape != (B, H, T, D):
-            raise InputError(f"keys of shape {tuple(k.shape)} do not fit a cache of {tuple(self.k.shape)}")
+        if k.shape != (B, H, T, D) or v.shape != k.shape:
+            raise InputError(f"keys of shape {tuple(k.shape)} and values of {tuple(v.shape)} do not fit a cache of "
+                             f"{tuple(self.k.shape)}")
         start, end = self.length, self.length + T
         if end > room: raise InputError(f"the cache has room for {room} positions, and {end} were asked for")
         self.k[:, :, start:end], self.v[:, :, start:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-# %% ../nbs/02_attention.ipynb #51ccd89b
+# %% ../nbs/02_attention.ipynb #5c403901
 class CausalSelfAttention(nn.Module):
     "Multi-head causal self-attention under GPT-2's parameter names (Radford et al. 2019)"
     def __init__(
@@ -69,7 +70,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
         past, causal = cache.length if cache else 0, mask is None and T > 1 # one new position may see everything
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[-2:] != (T, past + T)):
+        good = mask is None or (mask.dtype == torch.bool and mask.shape in ((B, 1, T, past + T), (1, 1, T, past + T)))
+        if not good:
             raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, "
                              f"and must be bool of shape ({B}, 1, {T}, {past + T})")
         if causal and past:

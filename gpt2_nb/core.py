@@ -205,7 +205,7 @@ def parse_flags(
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{p.docment or ''}{default}".replace("%", "%%"), **kind)
     return vars(parser.parse_args(argv))
 
-# %% ../nbs/00_core.ipynb #1f63477d
+# %% ../nbs/00_core.ipynb #f283e6a0
 def cli(
     f=None, # a function with docments
     *,
@@ -219,6 +219,7 @@ def cli(
         if args or kwargs: return f(*args, **kwargs)
         try: f(**parse_flags(spec or f))
         except InputError as e: sys.exit(f"{Path(sys.argv[0]).stem}: error: {e}")
+        except KeyboardInterrupt: sys.exit(130) # as a shell counts Ctrl-C, without a traceback
 
     caller = sys._getframe(1).f_globals
     if caller.get("__name__") == "__main__" and "__file__" in caller: main()

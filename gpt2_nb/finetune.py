@@ -244,13 +244,13 @@ def finetune_config(
         if getattr(cfg, name) < 0: raise InputError(f"--{name} is {getattr(cfg, name)}, and must be at least 0")
     return cfg
 
-# %% ../nbs/13_finetune.ipynb #39f0ac2c
+# %% ../nbs/13_finetune.ipynb #dea6deee
 def open_shape(
     spec: str, # see `load_model`
 ) -> tuple[GPTConfig, BPE]:
     "The shape of a model and its tokenizer, without its weights"
     folder = find_pretrained(spec)
-    if folder.parent.name == "ckpt": folder = folder.parents[1]
+    if folder.resolve().parent.name == "ckpt": folder = folder.resolve().parents[1]
     if not (folder/"config.json").is_file(): raise InputError(f"{spec!r} holds no model: looked for config.json")
     config = read_json(folder/"config.json")
     if "model" in config: return GPTConfig(**config["model"]), BPE.load(folder/"tokenizer.json")
@@ -419,7 +419,7 @@ def save_adapter(
         save_file(state, folder/"adapter_model.safetensors", metadata={"format": "pt"})
         with atomic_write(folder/"adapter_config.json", "w") as f: json.dump(config, f, indent=1)
 
-# %% ../nbs/13_finetune.ipynb #88a80bee
+# %% ../nbs/13_finetune.ipynb #8d35fce4
 def export_best(
     cfg: FinetuneConfig,
     out: Path, # folder of the run
@@ -431,7 +431,7 @@ def export_best(
     save_pretrained(model, out/"best", tokenizer)
     if not cfg.lora_r: return [out/"best"]
     origin = find_pretrained(cfg.model)
-    is_run = origin.parent.name == "ckpt" or "model" in read_json(origin/"config.json")
+    is_run = origin.resolve().parent.name == "ckpt" or "model" in read_json(origin/"config.json")
     if is_run: save_pretrained(load_model(cfg.model, "cpu")[0], out/"base", tokenizer)
     save_adapter(checkpoint, out/"adapter", str(out/"base") if is_run else cfg.model)
     return [out/"best", out/"adapter", *[out/"base"] * is_run]

@@ -33,7 +33,7 @@ def check_sampling(
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}, and must be above 0 and at most 1")
 
-# %% ../nbs/05_generate.ipynb #aa71adee
+# %% ../nbs/05_generate.ipynb #a8cf6867
 def candidates(
     logits: torch.Tensor, # (B, V)
     top_k: int | None = None, # keep the `top_k` likeliest tokens (Fan et al. 2018)
@@ -49,7 +49,9 @@ def candidates(
         K = min(8 * K, V)
         best, ids = probs.topk(K)
     whole = best.sum(-1, keepdim=True) if top_k else 1.0
-    return best.masked_fill(best.cumsum(-1) - best >= top_p * whole, 0.0), ids # those before it suffice
+    cut = best.cumsum(-1) - best >= top_p * whole # those before it suffice
+    cut[:, 0] = False # even where fp32 knows `top_p` as 0
+    return best.masked_fill(cut, 0.0), ids
 
 # %% ../nbs/05_generate.ipynb #48c75960
 def draw(
@@ -147,7 +149,7 @@ def pack_prompts(
     ids = torch.stack([F.pad(row.to(device, torch.long), (T - len(row), 0)) for row in rows]) # (B, T)
     return ids, [T - len(row) for row in rows]
 
-# %% ../nbs/05_generate.ipynb #3fc406f2
+# %% ../nbs/05_generate.ipynb #6e27bee5
 class Window:
     "The tokens that the model sees, at most `block_size` in each row, and what the cache keeps of them"
     def __init__(
@@ -163,6 +165,7 @@ class Window:
         self.model, self.ids, self.slide = model, ids, slide
         self.starts = starts or [0] * len(ids) # where each row's window begins
         self.first = self.seen = min(self.starts) # where the cache begins, and the first column it does not know
+        self.begun = False # at first a long prompt is seen as far back as it goes
         self.caches = model.new_caches(len(ids), min(ids.shape[1], model.cfg.block_size)) if use_cache else None
 
     def logits(
@@ -171,7 +174,8 @@ class Window:
     ) -> torch.Tensor: # (B, V) in fp32, or fp64 for a model in fp64
         "Scores for column `n`, from the windows that end before it"
         size = self.model.cfg.block_size
-        starts = [s if n - s <= size else max(s + self.slide, n - size) for s in self.starts]
+        step, self.begun = self.slide if self.begun else 1, True
+        starts = [s if n - s <= size else max(s + step, n - size) for s in self.starts]
         if starts != self.starts: # positions have moved, and nothing kept is valid
             self.starts, self.first, self.seen = starts, min(starts), min(starts)
             for cache in self.caches or []: cache.length = 0
@@ -192,7 +196,7 @@ class Window:
         own = (columns >= starts[:, None]) | (columns == new[:, None]) # padding sees itself: no softmax over nothing
         return (new - starts).clamp(min=0), (own & (columns <= new[:, None]))[:, None]
 
-# %% ../nbs/05_generate.ipynb #76a35a66
+# %% ../nbs/05_generate.ipynb #5f01faf0
 def generate(
     model: GPT,
     idx: torch.Tensor | list, # (B, T), the prompts; or a list of prompts of any lengths, see `pack_prompts`
@@ -213,7 +217,7 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if greedy: temperature = 0.0
     if max_new_tokens < 0: raise InputError(f"max_new_tokens is {max_new_tokens}, and must be at least 0")
-    (B, end), was_training = prompts.shape, model.training
+    (B, end), training = prompts.shape, [m for m in model.modules() if m.training]
     ids = torch.cat([prompts, prompts.new_zeros(B, max_new_tokens)], dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=ids.device)
     ends = torch.full_like(ids[:, 0], ids.shape[1] if stop_token is None else end) # the column after each row's last
@@ -222,7 +226,10 @@ def generate(
         with torch.inference_mode(), fast_layers(model, B, max_new_tokens):
             window = Window(model, ids, use_cache, slide, starts)
             while end < ids.shape[1] and not (stop_token is not None and done.all()):
-                new = next_ids(window.logits(end)[:, :n_vocab], temperature, top_k, top_p, generator) # (B,)
+                logits = window.logits(end)[:, :n_vocab] # (B, V)
+                if end == prompts.shape[1] and not logits.isfinite().any(-1).all():
+                    raise InputError("the model's logits are not numbers: its weights are damaged, or training diverged")
+                new = next_ids(logits, temperature, top_k, top_p, generator) # (B,)
                 if stop_token is not None:
                     new = new.masked_fill(done, stop_token)
                     ends += ~done # a row ends with its stop token
@@ -230,7 +237,8 @@ def generate(
                 ids[:, end] = new
                 end += 1
                 if on_token: on_token(new)
-    finally: model.train(was_training)
+    finally:
+        for module in training: module.training = True
     if isinstance(idx, torch.Tensor): return ids[:, :end]
     return [row[start:end] for row, start, end in zip(ids, starts, ends.tolist())]
 

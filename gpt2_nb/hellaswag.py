@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'STYLES', 'TEXTS', 'REPO', 'harness_text', 'write_out', 'check_example', 'find_examples', 'load_examples',
-           'Choice', 'Choices', 'tokenize', 'Tree', 'tree_mask', 'make_trees', 'plan_batches', 'score_trees',
-           'Accuracy', 'accuracy', 'Scores', 'all_trees', 'evaluate', 'main']
+           'Choice', 'Choices', 'tokenize', 'Tree', 'tree_mask', 'make_trees', 'plan_batches', 'exact_products',
+           'score_trees', 'Accuracy', 'accuracy', 'Scores', 'all_trees', 'evaluate', 'main']
 
-# %% ../nbs/10_hellaswag.ipynb #0a01771c
+# %% ../nbs/10_hellaswag.ipynb #67851c0d
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -145,13 +145,13 @@ def tokenize(
         return Choice(ids, endings, divisors or [len(ending) for ending in endings])
     return Choices(examples, tokenizer, {style: [choice(e, style) for e in examples] for style in styles})
 
-# %% ../nbs/10_hellaswag.ipynb #091dae9e
+# %% ../nbs/10_hellaswag.ipynb #4bf0166c
 @dataclass
 class Tree:
     "A context and endings of it, in one row"
     context: np.ndarray # (Tc,)
     endings: list[np.ndarray] # one to four
-    cells: list[int] # where the score of each ending belongs, see `score_trees`
+    cells: list[int] # where in the table of scores each ending belongs
 
     def __len__(self): # the last token of an ending predicts nothing
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
@@ -208,7 +208,16 @@ def plan_batches(
         else: batches.append([i])
     return batches
 
-# %% ../nbs/10_hellaswag.ipynb #24200e82
+# %% ../nbs/10_hellaswag.ipynb #512cd92e
+@contextmanager
+def exact_products():
+    "Multiply fp32 matrices in fp32, though a trainer may have allowed TF32"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
+# %% ../nbs/10_hellaswag.ipynb #d4d22a84
 @torch.no_grad()
 def score_trees(
     model: GPT, # in eval mode
@@ -229,7 +238,8 @@ def score_trees(
     at, targets = torch.tensor(np.array([at, targets]), device=device)
     with autocast(): x = model.hidden(idx, pos=pos, mask=tree_mask(branch)).flatten(0, 1)[at].float() # (n, C)
     n = chunk_rows(model.cfg.vocab_rows, x.shape[-1], logits_budget(device))
-    losses = [F.cross_entropy(model.head(a), t, reduction="none") for a, t in zip(x.split(n), targets.split(n))]
+    with exact_products():
+        losses = [F.cross_entropy(model.head(a), t, reduction="none") for a, t in zip(x.split(n), targets.split(n))]
     return -torch.cat(losses), torch.tensor(cells)
 
 # %% ../nbs/10_hellaswag.ipynb #039eaa3c
@@ -280,7 +290,7 @@ class Scores:
             found = {style: {name: column[i].tolist() for name, column in d.items()} for style, d in columns.items()}
             yield dict(ind=example["ind"], label=example["label"]) | found
 
-# %% ../nbs/10_hellaswag.ipynb #ff6022a6
+# %% ../nbs/10_hellaswag.ipynb #c05f1897
 def all_trees(
     data: Choices,
     block_size: int, # tokens that the model sees
@@ -307,6 +317,7 @@ def evaluate(
     if not isinstance(data, Choices):
         if tokenizer is None: raise InputError("examples that are not tokenized need a tokenizer")
         data = tokenize(data, tokenizer, styles)
+    if not data.examples: raise InputError("there are no examples to score")
     check_ids(data.tokenizer, model.cfg)
     trees = all_trees(data, model.cfg.block_size)
     budget = batch_tokens or (8192 if model.lm_head.weight.device.type == "cpu" else 65_536)
@@ -327,7 +338,7 @@ def evaluate(
     lengths = {style: np.array([c.lengths for c in cs]) for style, cs in data.styles.items()}
     return Scores(data.examples, dict(zip(data.styles, table.numpy())), lengths)
 
-# %% ../nbs/10_hellaswag.ipynb #d11ee996
+# %% ../nbs/10_hellaswag.ipynb #a80f25b8
 @cli
 def main(
     model: str = "", # a run's folder, a Hugging Face folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -341,6 +352,7 @@ def main(
     "Judge a model on HellaSwag, in both styles."
     if not model: raise InputError("--model is missing: give the folder of a run, such as runs/shakespeare, or gpt2")
     if out and not Path(out).parent.is_dir(): raise InputError(f"--out {out}: there is no folder {Path(out).parent}")
+    if out and Path(out).is_dir(): raise InputError(f"--out {out} is a folder, and must be a file")
     if batch_tokens < 0: raise InputError(f"--batch_tokens is {batch_tokens}, and must be at least 0")
     examples, (gpt, tokenizer) = load_examples(data, limit), load_model(model, device)
     kind = gpt.lm_head.weight.device

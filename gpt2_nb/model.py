@@ -131,7 +131,7 @@ def check_range(
     if least < low or most > high:
         raise InputError(f"{what} run from {least} to {most}, and this model knows {low} to {high}")
 
-# %% ../nbs/03_model.ipynb #2b3d0e8b
+# %% ../nbs/03_model.ipynb #f8c60aa3
 def check_input(
     cfg: GPTConfig, # the model's shape
     idx: torch.Tensor, # (B, T), token ids
@@ -150,23 +150,26 @@ def check_input(
         end = past + idx.shape[1]
         if end > cfg.block_size: raise InputError(f"{end} tokens do not fit a block_size of {cfg.block_size}")
         return
+    if not isinstance(pos, torch.Tensor) or pos.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"pos is {getattr(pos, 'dtype', type(pos).__name__)}, and must be a tensor of torch.int64")
     if pos.shape not in (idx.shape, idx.shape[1:]):
         raise InputError(f"pos has shape {tuple(pos.shape)}, and must be (B, T) or (T,) for idx of {tuple(idx.shape)}")
     check_range("positions", pos, 0, cfg.block_size - 1)
 
-# %% ../nbs/03_model.ipynb #5518b492
+# %% ../nbs/03_model.ipynb #6df76f49
 def check_targets(
     cfg: GPTConfig, # the model's shape
-    idx: torch.Tensor, # (B, T), checked before
+    idx: torch.Tensor, # (B, T)
     targets: torch.Tensor, # (B, T), ids or -1
 ):
     "Raise `InputError` for targets that cannot be predicted"
+    if not isinstance(idx, torch.Tensor): return # `check_input` will say so
     if targets.shape != idx.shape or targets.dtype != torch.int64:
         raise InputError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}, and must be torch.int64 "
                          f"of shape {tuple(idx.shape)}, as idx")
     check_range("targets", targets, -1, cfg.vocab_size - 1)
 
-# %% ../nbs/03_model.ipynb #928bddad
+# %% ../nbs/03_model.ipynb #92cab46d
 class GPT(nn.Module):
     "GPT-2 (Radford et al. 2019): `GPT(cfg)(idx, targets=None)` gives `(logits, loss)`"
     def __init__(
@@ -209,6 +212,8 @@ class GPT(nn.Module):
         "The residual stream as the head reads it"
         past = caches[0].length if caches else 0
         check_input(self.cfg, idx, past, pos)
+        if caches and len(caches) != self.cfg.n_layer:
+            raise InputError(f"{len(caches)} caches were given, and there are {self.cfg.n_layer} blocks")
         if pos is None: pos = torch.arange(past, past + idx.shape[1], device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos)) # (B, T, C)
         recompute = self.grad_checkpoint and self.training and torch.is_grad_enabled() and caches is None
@@ -226,8 +231,8 @@ class GPT(nn.Module):
         return_logits: bool = True, # False with `targets` gives the loss alone, in less memory
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]: # logits (B, T, V) and mean loss in nats, as asked for
         "Predict the token after every position"
+        if targets is not None: check_targets(self.cfg, idx, targets) # before a cache is written
         x, weight, V = self.hidden(idx, caches, pos, mask), self.lm_head.weight, self.cfg.vocab_size
-        if targets is not None: check_targets(self.cfg, idx, targets)
         if targets is not None and not return_logits: return None, linear_cross_entropy(x, weight, targets, V)
         logits = padded_logits(x, weight, V) # (B, T, rows)
         loss = None if targets is None else mean_loss(logits, targets)
@@ -254,7 +259,7 @@ class GPT(nn.Module):
         "Number of parameters; the tied embedding counts once"
         return sum(p.numel() for p in self.parameters())
 
-# %% ../nbs/03_model.ipynb #17a72965
+# %% ../nbs/03_model.ipynb #feaf6985
 class ChunkedLoss(torch.autograd.Function):
     "Sum of the cross-entropies of `x @ weight.T`, some rows at a time, with the gradients computed on the way"
     @staticmethod
@@ -274,7 +279,7 @@ class ChunkedLoss(torch.autograd.Function):
             if not any(wanted): continue
             p = p.mul_(c / norm) # softmax, 0 where nothing counts
             if torch.compiler.is_compiling(): p = torch.where(torch.arange(p.shape[1], device=p.device) == t, p - c, p)
-            else: p.scatter_add_(1, t, -c) # minus one-hot; the line above is the same, in a form that fuses
+            else: p.scatter_add_(1, t, -c) # minus one-hot
             p = p.to(dtype)
             if wanted[0]: grad_x[part] = p @ w
             if wanted[1]: grad_w += p.t() @ a
@@ -305,7 +310,7 @@ def logits_budget(
     if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory // 8
     return 2**25 if device.type == "cpu" else 2**30
 
-# %% ../nbs/03_model.ipynb #4fb83abe
+# %% ../nbs/03_model.ipynb #d88b8775
 def linear_cross_entropy(
     x: torch.Tensor, # (..., C), hidden states
     weight: torch.Tensor, # (rows, C), the head's matrix
@@ -315,9 +320,9 @@ def linear_cross_entropy(
     chunk: int | None = None, # rows of logits at one time; None for `chunk_rows`
     fused: bool = True, # PyTorch's own function where it is right; False for ours
 ) -> torch.Tensor: # nats, in fp32; 0 if no target counts
-    "Mean cross-entropy of `x @ weight.T`, of whose logits no more than `chunk` rows exist; goes backward once"
+    "Mean cross-entropy of `x @ weight.T`, of whose logits no more than `chunk` rows exist; for one backward pass"
     x, targets, vocab_size = x.flatten(0, -2), targets.flatten(), vocab_size or len(weight) # (N, C), (N,)
-    chunk = min(len(x), chunk or chunk_rows(len(weight), x.shape[-1], logits_budget(x.device)))
+    chunk = max(1, min(len(x), chunk or chunk_rows(len(weight), x.shape[-1], logits_budget(x.device))))
     plain = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if fused and plain and hasattr(nn, "LinearCrossEntropyOptions") and not torch.compiler.is_compiling():
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)

@@ -44,7 +44,7 @@ def read_json(
     if not isinstance(data, dict): raise InputError(f"{path} holds no JSON object")
     return data
 
-# %% ../nbs/04_pretrained.ipynb #39801ab8
+# %% ../nbs/04_pretrained.ipynb #fb0f9a02
 FIXED = dict(model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"], layer_norm_epsilon=[1e-5],
              scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False],
              tie_word_embeddings=[True])
@@ -59,15 +59,16 @@ def gpt_config(
     wrong += [f"{key} is {n!r}, not a whole number" for key in SIZES if type(n := config.get(key, 0)) is not int]
     wrong += [f"{key} is {config[key]!r}, and ours is {known[0]!r}" for key, known in FIXED.items()
               if config.get(key, known[0]) not in known]
-    if config.get("n_inner") not in (None, 4 * config.get("n_embd", 0)):
+    if not wrong and config.get("n_inner") not in (None, 4 * config["n_embd"]):
         wrong.append(f"n_inner is {config['n_inner']}, and ours is 4 × n_embd")
-    rates = {config.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if dropout is None and len(rates) > 1: wrong.append("its dropout rates differ, and ours is one: give dropout")
+    rates = [config.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
+    wrong += [f"a dropout rate is {rate!r}, not a number" for rate in rates if not isinstance(rate, int | float)]
+    if dropout is None and rates != rates[:1] * 3: wrong.append("its dropout rates differ, and ours is one: give dropout")
     if wrong: raise InputError(f"the config does not describe a GPT-2 as ours: {'; '.join(wrong)}")
     sizes = {ours: config[key] for key, ours in SIZES.items()}
-    return GPTConfig(**sizes, dropout=float(rates.pop() if dropout is None else dropout))
+    return GPTConfig(**sizes, dropout=float(rates[0] if dropout is None else dropout))
 
-# %% ../nbs/04_pretrained.ipynb #7f37ecf5
+# %% ../nbs/04_pretrained.ipynb #8b61e7e6
 WEIGHTS = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
 def read_tensors(
@@ -80,7 +81,10 @@ def read_tensors(
         if index.is_file():
             files = {Path(name).name for name in read_json(index)["weight_map"].values()}
             return {name: tensor for file in sorted(files) for name, tensor in load_file(folder/file).items()}
-        if pickled.is_file(): return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+        if pickled.is_file():
+            data = dict(torch.load(pickled, map_location="cpu", weights_only=True))
+            if all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in data.items()): return data
+            raise InputError(f"{pickled} holds more than named tensors")
     except pickle.UnpicklingError as e:
         raise InputError(f"{pickled} is damaged or holds more than tensors, and was not opened") from e
     except (SafetensorError, OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as e:
@@ -233,19 +237,20 @@ def load_run(
     check_ids(tokenizer, cfg)
     return model, tokenizer
 
-# %% ../nbs/04_pretrained.ipynb #4b4d98f0
+# %% ../nbs/04_pretrained.ipynb #c23e9353
 def load_model(
     spec: str | Path, # folder of a run or of its checkpoint, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     device: str = "auto", # see `pick_device`
+    dropout: float | None = 0.0, # of a model that is no run of ours; None takes its config's
 ) -> tuple[GPT, BPE]: # the model, in eval mode, and its tokenizer
     "Model and tokenizer, from wherever they are"
     folder = find_pretrained(spec)
-    if folder.parent.name == "ckpt": return load_run(folder, device)
+    if folder.resolve().parent.name == "ckpt": return load_run(folder.resolve(), device)
     if not (folder/"config.json").is_file():
         raise InputError(f"{str(spec)!r} holds no model: looked for config.json, of a run or in Hugging Face's layout")
     if "model" in read_json(folder/"config.json"): return load_run(folder, device)
     tokenizer = BPE.gpt2() if spec in REPOS else read_tokenizer(folder)
-    model = from_pretrained(folder, device)
+    model = from_pretrained(folder, device, dropout)
     check_ids(tokenizer, model.cfg)
     return model, tokenizer
 
@@ -298,7 +303,7 @@ def atomic_folder(
         if old.exists() and not final.exists(): os.replace(old, final)
         for folder in (temporary, old): shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/04_pretrained.ipynb #fed93b0a
+# %% ../nbs/04_pretrained.ipynb #76479ae8
 EXPORTED = ("config.json", "generation_config.json", "model.safetensors",
             "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -307,7 +312,8 @@ def is_export(
 ) -> bool:
     "Whether a folder is an export of ours and holds nothing else"
     if any(p.name not in EXPORTED for p in folder.iterdir()): return False
-    return (folder/"config.json").is_file() and read_json(folder/"config.json").get("exported_by") == "gpt2_nb"
+    config = read_json(folder/"config.json") if (folder/"config.json").is_file() else {}
+    return config.get("exported_by") == "gpt2_nb" and "transformers_version" not in config
 
 # %% ../nbs/04_pretrained.ipynb #09a79aeb
 def save_pretrained(
@@ -331,7 +337,7 @@ def save_pretrained(
     except (OSError, SafetensorError) as e:
         raise InputError(f"the export to {path} failed: {getattr(e, 'strerror', None) or e}") from e
 
-# %% ../nbs/04_pretrained.ipynb #398464fd
+# %% ../nbs/04_pretrained.ipynb #672f8a21
 @cli
 def main(
     model: str = "", # folder of a run, as gpt2_train leaves it
@@ -339,7 +345,7 @@ def main(
 ):
     "Export a run as a folder that transformers opens."
     if not model or not out: raise InputError("say what and where to: --model RUN --out FOLDER")
-    gpt, tokenizer = load_model(model, "cpu")
+    gpt, tokenizer = load_model(model, "cpu", dropout=None)
     save_pretrained(gpt, out, tokenizer)
     print(f"{out}: {gpt.cfg.n_layer} layers, {gpt.cfg.n_embd} wide, {gpt.cfg.vocab_size:,} ids; "
           f"open it with AutoModelForCausalLM.from_pretrained({out!r})")
