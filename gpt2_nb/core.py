@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['test_tensor', 'test_raises', 'seed_everything', 'InputError', 'pick_device', 'compare_times', 'has_fast_bf16',
-           'pick_dtype', 'atomic_write', 'sha256', 'cache_dir', 'wheel_files', 'FlagParser', 'flags_of', 'parse_flags',
-           'cli', 'plot_style']
+           'pick_dtype', 'atomic_write', 'sha256', 'posix_path', 'native_path', 'cache_dir', 'wheel_files',
+           'FlagParser', 'flags_of', 'parse_flags', 'forgiving_streams', 'cli', 'plot_style']
 
 # %% ../nbs/00_core.ipynb #7792242d
 import argparse
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 
 import numpy as np
@@ -32,13 +32,16 @@ def test_tensor(
     a: torch.Tensor, # what the code under test gave
     b: torch.Tensor, # what it should be
     tol: float = 1e-5, # largest allowed absolute difference
+    rtol: float = 0.0, # allowed on top of it, as a part of the largest finite value in `b`
 ):
-    "Test that two tensors agree in shape, in dtype, and in every value to within `tol`"
+    "Test that two tensors agree in shape, in dtype, and in every value to within `tol` + `rtol` × max |b|"
     assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
     assert a.dtype == b.dtype, f"dtypes differ: {a.dtype} and {b.dtype}"
     a, b = (t.detach().cpu().double() for t in (a, b))
     off = (a - b).abs().masked_fill(a == b, 0) # equal infinities are equal
-    assert bool((off <= tol).all()), f"largest difference {off.max().item():.3g}, allowed {tol:.3g}"
+    size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
+    allowed = tol + rtol * size
+    assert bool((off <= allowed).all()), f"largest difference {off.max().item():.3g}, allowed {allowed:.3g}"
 
 # %% ../nbs/00_core.ipynb #d6cefa7e
 def test_raises(
@@ -104,21 +107,22 @@ def compare_times(
 def has_fast_bf16(
     device: torch.device, # where the matrix products will run
 ) -> bool:
-    "Whether `device` multiplies bf16 matrices in hardware"
+    "Whether `device` multiplies bf16 matrices in hardware; for a CPU, `$GPT2_NB_FAST_BF16` (0 or 1) overrides the answer"
     if device.type == "cuda": return torch.cuda.get_device_capability(device)[0] >= 8 # Ampere and later
     if device.type != "cpu": return False
-    try: flags = Path("/proc/cpuinfo").read_text()
-    except OSError: return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    forced = os.environ.get("GPT2_NB_FAST_BF16")
+    if forced: return forced == "1"
+    units = torch.cpu.get_capabilities()
+    return any(units.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 # %% ../nbs/00_core.ipynb #3deb1b7a
 def pick_dtype(
     device: torch.device, # where the model will run
     name: str = "auto", # auto, float32 or bfloat16
 ) -> torch.dtype:
-    "The dtype for matrix products on `device`: for `auto` bf16 where hardware has it, else fp32"
+    "The dtype for matrix products on `device`: for `auto` bf16 on a GPU that has it, and fp32 everywhere else"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name == "auto": name = "bfloat16" if has_fast_bf16(device) else "float32"
+    if name == "auto": name = "bfloat16" if device.type == "cuda" and has_fast_bf16(device) else "float32"
     if name not in dtypes: raise InputError(f"unknown dtype {name!r}: use auto, {' or '.join(dtypes)}")
     return dtypes[name]
 
@@ -148,6 +152,22 @@ def sha256(
     with open(path, "rb") as f:
         while piece := f.read(1 << 20): digest.update(piece)
     return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #8ce74ca3
+def posix_path(
+    path: str | PurePath,
+) -> str: # with `/` between its parts
+    "A path as it is written into files, the same on every system"
+    if isinstance(path, PurePath): return path.as_posix()
+    return path.replace(os.sep, "/")
+
+
+def native_path(
+    text: str, # a path from a file, written on any system
+) -> Path:
+    "A path for this system; on Linux and macOS, what Windows wrote with `\\` is read, too"
+    if os.sep == "/" and "\\" in text and not Path(text).exists(): text = text.replace("\\", "/")
+    return Path(text)
 
 # %% ../nbs/00_core.ipynb #066af7b4
 def cache_dir() -> Path:
@@ -206,6 +226,12 @@ def parse_flags(
     return vars(parser.parse_args(argv))
 
 # %% ../nbs/00_core.ipynb #f283e6a0
+def forgiving_streams():
+    "Let standard output and standard error write what their encoding lacks as `\\u2014`, instead of raising an error"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+
+
 def cli(
     f=None, # a function with docments
     *,
@@ -217,6 +243,7 @@ def cli(
     @wraps(f)
     def main(*args, **kwargs):
         if args or kwargs: return f(*args, **kwargs)
+        forgiving_streams()
         try: f(**parse_flags(spec or f))
         except InputError as e: sys.exit(f"{Path(sys.argv[0]).stem}: error: {e}")
         except KeyboardInterrupt: sys.exit(130) # as a shell counts Ctrl-C, without a traceback
