@@ -163,11 +163,11 @@ def posix_path(
 
 
 def native_path(
-    text: str, # a path from a file, written on any system
-) -> Path:
-    "A path for this system; on Linux and macOS, what Windows wrote with `\\` is read, too"
-    if os.sep == "/" and "\\" in text and not Path(text).exists(): text = text.replace("\\", "/")
-    return Path(text)
+    path: str, # from a file, written on any system
+) -> str:
+    "The same path for this system: on Linux and macOS, one that Windows wrote with `\\` is read, too"
+    foreign = os.sep == "/" and "\\" in path and not Path(path).exists()
+    return path.replace("\\", "/") if foreign else path
 
 # %% ../nbs/00_core.ipynb #066af7b4
 def cache_dir() -> Path:

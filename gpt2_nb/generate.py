@@ -59,7 +59,7 @@ def draw(
     generator: torch.Generator | None = None, # on the device of `probs`; None takes torch's own
 ) -> torch.Tensor: # (B,)
     "Draw one id from each row, by inverting its cumulative distribution"
-    exact = torch.float32 if probs.device.type == "mps" else torch.float64 # MPS has no float64
+    exact = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32 # MPS has no float64
     ends = probs.to(exact).cumsum(-1) # (B, V)
     darts = torch.rand(len(probs), 1, device=probs.device, dtype=exact, generator=generator) * ends[:, -1:]
     ids = torch.searchsorted(ends, darts, right=True)[:, 0] # right: never a stretch of length 0
