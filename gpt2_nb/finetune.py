@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import InputError, atomic_write, cache_dir, cli
+from .core import InputError, atomic_write, cache_dir, cli, posix_path
 from .bpe import BPE, load_tokenizer
 from .model import GPT, GPTConfig
 from .pretrained import (REPOS, atomic_folder, checkpoints, find_pretrained, gpt_config, load_model, read_json,
@@ -413,7 +413,7 @@ def save_adapter(
     state = {f"base_model.model.{name}.weight": t for name, t in adapters.items()}
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", r=settings["lora_r"], lora_alpha=settings["lora_alpha"],
                   target_modules=list(ADAPTED), fan_in_fan_out=True, bias="none", lora_dropout=0.0,
-                  base_model_name_or_path=base or settings["model"], inference_mode=True)
+                  base_model_name_or_path=posix_path(base or settings["model"]), inference_mode=True)
     files = {"adapter_config.json", "adapter_model.safetensors"}
     with atomic_folder(path, lambda folder: {p.name for p in folder.iterdir()} == files) as folder:
         save_file(state, folder/"adapter_model.safetensors", metadata={"format": "pt"})
