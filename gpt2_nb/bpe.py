@@ -190,8 +190,18 @@ def train(
     vocab_size: int, # number of ids; a text with too few repeated pairs yields fewer
 ) -> BPE:
     "Train a tokenizer on `text`"
+    return cls.from_words(count_words(text), vocab_size)
+
+
+@patch(cls_method=True)
+def from_words(
+    cls: BPE,
+    words: dict[str, int], # word -> times, from `count_words`
+    vocab_size: int, # number of ids
+) -> BPE:
+    "Train a tokenizer on counted words"
     if vocab_size < 257: raise InputError(f"vocab_size is {vocab_size}, and must be at least 257: 256 bytes and {EOT}")
-    return cls(train_tokens(count_words(text), vocab_size - 1))
+    return cls(train_tokens(words, vocab_size - 1))
 
 # %% ../nbs/01_bpe.ipynb #83aacd9f
 @patch

@@ -6,10 +6,10 @@
 __all__ = ['DIRECTION', 'BEFORE_SPACE', 'READERS', 'HUB', 'FORWARD', 'SPACE', 'LAST_SPACE', 'MARK', 'READY', 'play_to_text',
            'play_files', 'read_play', 'plays', 'read_txt', 'decode_part', 'read_jsonl', 'read_parquet', 'FileSource',
            'HubSource', 'text_files', 'hub_commit', 'open_source', 'Part', 'train_val_parts', 'documents',
-           'train_val_texts', 'read_batches', 'BulkEncoder', 'encode_batch', 'encode_batches', 'SplitWriter',
-           'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'lock_folder', 'written_folder',
-           'splits_to_make', 'write_shards', 'shard_settings', 'prepare', 'count_ids', 'shards_on_hub', 'fetch_shard',
-           'download_shards', 'prepare_tokenizer', 'say_shards', 'main']
+           'train_val_texts', 'train_tokenizer', 'read_batches', 'BulkEncoder', 'encode_batch', 'encode_batches',
+           'SplitWriter', 'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'lock_folder',
+           'written_folder', 'splits_to_make', 'write_shards', 'shard_settings', 'prepare', 'count_ids',
+           'shards_on_hub', 'fetch_shard', 'download_shards', 'prepare_tokenizer', 'say_shards', 'main']
 
 # %% ../nbs/07_fineweb.ipynb #e2f7165e
 import codecs
@@ -34,7 +34,7 @@ import tiktoken
 from tqdm import tqdm
 
 from .core import InputError, cache_dir, cli, sha256, wheel_files
-from .bpe import BPE, EOT, load_tokenizer
+from .bpe import BPE, EOT, count_words, load_tokenizer
 from .shards import Manifest, list_shards, read_shard, shard_entry, write_shard
 from .shards import verify as verify_shards
 
@@ -304,6 +304,21 @@ def train_val_texts(
 ) -> tuple[list[str], list[str]]: # training documents, validation documents
     "The two parts of a local source as texts; whoever trains a tokenizer trains it on the first"
     return tuple(documents(part) for part in train_val_parts(name, val_fraction))
+
+# %% ../nbs/07_fineweb.ipynb #5a11561f
+def train_tokenizer(
+    name, # as for `open_source`; a local text
+    vocab_size: int, # number of ids
+    val_fraction: float = 0.1, # part of all characters at the end from which nothing is learnt
+    limit: int = 100_000_000, # characters to learn from, at most
+) -> BPE:
+    "Train a tokenizer on the training part of a text of any size"
+    words, n = Counter(), 0
+    for _, text in train_val_parts(name, val_fraction)[0]:
+        words.update(count_words(text))
+        n += len(text)
+        if n >= limit: break
+    return BPE.from_words(words, vocab_size)
 
 # %% ../nbs/07_fineweb.ipynb #4c21e050
 def read_batches(
@@ -684,7 +699,7 @@ def prepare_tokenizer(
     if val_tokens or (dataset in HUB and not Path(dataset).exists()):
         raise InputError("--tokenizer train works on local text with --val_fraction, which says what it may not "
                          "learn from; train one on a sample and give its tokenizer.json")
-    return BPE.train(EOT.join(train_val_texts(dataset, val_fraction)[0]), vocab_size)
+    return train_tokenizer(dataset, vocab_size, val_fraction)
 
 
 def say_shards(folder: str, manifest: Manifest):

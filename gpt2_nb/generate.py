@@ -299,13 +299,13 @@ def main(
     seed: int = 1337, # another seed, another text
     greedy: bool = False, # always the likeliest token
     slide: int = 1, # tokens by which a full window moves on; larger is faster past block_size
+    checkpoint: str = "", # of a run: best, last or a step; if not given, the best where it is known, else the last
     device: str = "auto", # auto, cpu, cuda, cuda:N or mps
 ):
     "Continue a prompt with a trained model."
     if not model: raise InputError("--model is missing: give the folder of a run, such as runs/shakespeare, or gpt2")
     check_sampling(temperature, top_k, top_p)
-    gpt, tokenizer = load_model(model, device)
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="replace") # a terminal that is not UTF-8
+    gpt, tokenizer = load_model(model, device, checkpoint=checkpoint)
     given, seen = len(tokenizer.encode(prompt, allowed_special={"<|endoftext|>"})), gpt.cfg.block_size
     if given > seen: print(f"note: the prompt has {given} tokens, and the model sees the last {seen}", file=sys.stderr)
     generator = torch.Generator(gpt.lm_head.weight.device).manual_seed(seed)

@@ -116,6 +116,7 @@ class ShardLoader:
         shuffle: bool = True, # False: windows in the order of the shards, from their first token
         device="cpu", # where batches are put; for CUDA by way of pinned memory
         prefetch: int | None = None, # chunks that a thread cuts ahead, 0 for no thread; None: 2 for CUDA, else 0
+        n_vocab: int | None = None, # ids that the model knows; a larger one is an error that names the shard
     ):
         if min(batch_size, block_size) < 1:
             raise InputError(f"batch_size {batch_size}, block_size {block_size}: both must be at least 1")
@@ -126,6 +127,7 @@ class ShardLoader:
         self.rank, self.world_size, self.seed, self.shuffle = rank, world_size, seed, shuffle
         self.device = torch.empty(0, device=device).device # which says the number of a GPU, too
         self.prefetch = prefetch if prefetch is not None else 2 * (self.device.type == "cuda")
+        self.n_vocab = n_vocab
         self.shards = [read_shard(f).data for f in self.files] # still mapped
         self.lengths = np.array([len(s) for s in self.shards], dtype=np.int64)
         if not (self.lengths > block_size).any():
@@ -161,9 +163,17 @@ class ShardLoader:
         "This rank's windows, out of those of all ranks in several steps"
         mine = [a.reshape(-1, self.world_size, self.batch_size)[:, self.rank].flatten() for a in (shard, at)]
         batch = cut_windows(self.shards, *mine, self.block_size)
+        if self.n_vocab: self.check_ids(*batch, mine[0])
         if self.device.type == "cuda": # a thread knows only GPU 0 until it is told of another
             with torch.cuda.device(self.device): batch = [t.pin_memory() for t in batch]
         return [t.split(self.batch_size) for t in batch]
+
+    def check_ids(self, x: torch.Tensor, y: torch.Tensor, shard: np.ndarray):
+        "`InputError` for an id that the model does not know, before the model looks it up"
+        if max(x.max(), y.max()) < self.n_vocab: return
+        largest = torch.maximum(x, y).amax(1) # (B,)
+        file = self.files[shard[int(largest.argmax())]]
+        raise InputError(f"{file}: holds id {int(largest.max()):,}, and the model knows {self.n_vocab:,} ids")
 
     def __iter__(self): return self
 

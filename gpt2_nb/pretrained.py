@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['TRANSPOSED', 'FIXED', 'SIZES', 'WEIGHTS', 'REPOS', 'EXPORTED', 'transpose_conv1d', 'read_json', 'gpt_config',
            'read_tensors', 'full_names', 'check_tensors', 'fill_model', 'find_pretrained', 'from_pretrained',
-           'read_tokenizer', 'checkpoints', 'check_ids', 'merge_adapters', 'load_run', 'load_model', 'hf_config',
-           'save_tokenizer', 'atomic_folder', 'is_export', 'save_pretrained', 'main']
+           'read_tokenizer', 'checkpoints', 'read_state', 'read_best', 'choose_checkpoint', 'check_ids',
+           'merge_adapters', 'run_of', 'load_run', 'saved_shape', 'load_model', 'hf_config', 'save_tokenizer',
+           'atomic_folder', 'is_export', 'save_pretrained', 'main']
 
 # %% ../nbs/04_pretrained.ipynb #39a5fadc
 import json
 import os
 import pickle
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import InputError, atomic_write, cache_dir, cli, pick_device
+from .core import InputError, atomic_write, cache_dir, cli, known_fields, native_path, pick_device, sha256
 from .bpe import BPE, EOT, byte_chars
 from .model import GPT, PRESETS, GPTConfig
 
@@ -194,6 +196,59 @@ def checkpoints(
     "The complete checkpoints of a run, `ckpt/STEP/`"
     return sorted(p for p in (Path(run)/"ckpt").glob("[0-9]" * 8) if (p/"model.safetensors").is_file())
 
+# %% ../nbs/04_pretrained.ipynb #0d9c6f53
+def read_state(
+    checkpoint: Path, # `RUN/ckpt/STEP`
+) -> dict: # `step`, `sha256` of its files by name, and what else the trainer needs to go on
+    "What `state.json` of a checkpoint holds, after every file was checked against it; `InputError` for a damaged one"
+    state = read_json(checkpoint/"state.json")
+    try:
+        for name, digest in state["sha256"].items():
+            if sha256(checkpoint/native_path(name)) != digest:
+                raise ValueError(f"{name} does not have the SHA-256 that it was saved with")
+        if state["step"] != int(checkpoint.name): raise ValueError(f"it is step {state['step']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f"checkpoint {checkpoint} is damaged: {e}") from e
+    return state
+
+# %% ../nbs/04_pretrained.ipynb #879e031e
+def read_best(
+    run: Path,
+) -> dict: # `step`, `loss` and `validation`, a hash of the tokens; the step is None where nothing was measured
+    "The checkpoint with the lowest validation loss, as `best.json` has it"
+    nothing = dict(step=None, loss=float("inf"), validation=None)
+    try: found = read_json(run/"best.json")
+    except InputError: return nothing
+    return nothing | found if isinstance(found.get("step"), int) and isinstance(found.get("loss"), float) else nothing
+
+
+def choose_checkpoint(
+    run: Path, # folder of a run
+    which: str = "", # best, last, or a step; empty for the best where it was measured on the run's validation set, else the last
+) -> Path:
+    "The checkpoint to open, checked; if it is not the newest, that is mentioned on standard error"
+    saved = {int(path.name): path for path in checkpoints(run)}
+    if not saved: raise InputError(f"{str(run)!r} holds no checkpoint: looked for ckpt/STEP/model.safetensors")
+    best, newest = read_best(run), max(saved)
+    if which.isdigit():
+        if int(which) not in saved: raise InputError(f"{run} has no checkpoint of step {which}, only {', '.join(map(str, saved))}")
+        read_state(saved[int(which)])
+        return saved[int(which)]
+    if which not in ("", "best", "last"): raise InputError(f"unknown --checkpoint {which!r}: use best, last or a step")
+    if which == "best" and best["step"] not in saved: raise InputError(f"{run} has no best checkpoint; --checkpoint last has the newest")
+    validation = read_json(run/"config.json").get("data", {}).get("validation")
+    comparable = validation is not None and best["validation"] == validation
+    steps = sorted(saved, reverse=True)
+    if best["step"] in saved and (which == "best" or (which == "" and comparable)): steps.insert(0, best["step"])
+    for step in steps:
+        try: read_state(saved[step])
+        except InputError as e: print(e, file=sys.stderr)
+        else: break
+    else: raise InputError(f"{run}: all of its {len(saved)} checkpoints are damaged")
+    why = f"the best, with a validation loss of {best['loss']:.3f}" if step == best["step"] else "the newest that is whole"
+    if step != newest: print(f"{run}: checkpoint {step}, {why}; the newest is {newest} (--checkpoint last)", file=sys.stderr)
+    return saved[step]
+
 # %% ../nbs/04_pretrained.ipynb #4552b6a7
 def check_ids(
     tokenizer: BPE,
@@ -215,40 +270,56 @@ def merge_adapters(
     return tensors
 
 # %% ../nbs/04_pretrained.ipynb #7c538e47
+def run_of(
+    path: Path, # folder of a run, or of one of its checkpoints
+) -> tuple[Path, str]: # the run, and the step, empty for a run
+    "Which run a folder belongs to"
+    for folder in (path.absolute(), path.resolve()): # `ckpt` may be a link
+        if (folder/"state.json").is_file() and len(folder.parents) > 1 and (folder.parents[1]/"config.json").is_file():
+            return folder.parents[1], folder.name
+    return path, ""
+
+
 def load_run(
     path: str | Path, # folder of a run, or of one of its checkpoints
     device: str = "auto", # see `pick_device`
+    checkpoint: str = "", # of a run: see `choose_checkpoint`
 ) -> tuple[GPT, BPE]: # the model, in eval mode, and its tokenizer
-    "Model and tokenizer of a run, from its newest checkpoint or from the one that is named"
-    path, device = Path(path), pick_device(device)
-    named = path.parent.name == "ckpt"
-    run = path.parents[1] if named else path
+    "Model and tokenizer of a run"
+    device, (run, step) = pick_device(device), run_of(Path(path))
     for name in ("config.json", "tokenizer.json"):
         if not (run/name).is_file(): raise InputError(f"{str(path)!r} holds no run: looked for {run/name}")
-    if not (found := [p for p in checkpoints(run) if not named or p.name == path.name]):
-        raise InputError(f"{str(path)!r} holds no checkpoint: looked for ckpt/STEP/model.safetensors")
+    folder = choose_checkpoint(run, step or checkpoint)
     config = read_json(run/"config.json")
-    try: cfg = GPTConfig(**config["model"])
-    except (KeyError, TypeError) as e: raise InputError(f"{run/'config.json'} describes no model: {e!r}") from e
+    cfg = saved_shape(config, run/"config.json")
     settings = config.get("train", {})
     scale = settings.get("lora_alpha", 0) / (settings.get("lora_r") or 1)
-    tensors = merge_adapters(read_tensors(found[-1]), scale)
-    tokenizer, model = BPE.load(run/"tokenizer.json"), fill_model(cfg, tensors, found[-1], device)
+    tensors = merge_adapters(read_tensors(folder), scale)
+    tokenizer, model = BPE.load(run/"tokenizer.json"), fill_model(cfg, tensors, folder, device)
     check_ids(tokenizer, cfg)
     return model, tokenizer
+
+
+def saved_shape(config: dict, where: Path) -> GPTConfig:
+    "The shape of a run's model, from its `config.json`"
+    if "model" not in config: raise InputError(f"{where} describes no model")
+    try: return GPTConfig(**known_fields(GPTConfig, config["model"], where))
+    except TypeError as e: raise InputError(f"{where} describes no model: {e}") from e
 
 # %% ../nbs/04_pretrained.ipynb #c23e9353
 def load_model(
     spec: str | Path, # folder of a run or of its checkpoint, folder in Hugging Face's layout, or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     device: str = "auto", # see `pick_device`
     dropout: float | None = 0.0, # of a model that is no run of ours; None takes its config's
+    checkpoint: str = "", # of a run: see `choose_checkpoint`
 ) -> tuple[GPT, BPE]: # the model, in eval mode, and its tokenizer
     "Model and tokenizer, from wherever they are"
     folder = find_pretrained(spec)
-    if folder.resolve().parent.name == "ckpt": return load_run(folder.resolve(), device)
+    if run_of(folder)[1]: return load_run(folder, device)
     if not (folder/"config.json").is_file():
         raise InputError(f"{str(spec)!r} holds no model: looked for config.json, of a run or in Hugging Face's layout")
-    if "model" in read_json(folder/"config.json"): return load_run(folder, device)
+    if "model" in read_json(folder/"config.json"): return load_run(folder, device, checkpoint)
+    if checkpoint: raise InputError(f"--checkpoint {checkpoint}: {str(spec)!r} is not a run, and has no checkpoints")
     tokenizer = BPE.gpt2() if spec in REPOS else read_tokenizer(folder)
     model = from_pretrained(folder, device, dropout)
     check_ids(tokenizer, model.cfg)
@@ -342,10 +413,11 @@ def save_pretrained(
 def main(
     model: str = "", # folder of a run, as gpt2_train leaves it
     out: str = "", # the new folder, in Hugging Face's layout
+    checkpoint: str = "", # best, last or a step; if not given, the best where it is known, else the last
 ):
     "Export a run as a folder that transformers opens."
     if not model or not out: raise InputError("say what and where to: --model RUN --out FOLDER")
-    gpt, tokenizer = load_model(model, "cpu", dropout=None)
+    gpt, tokenizer = load_model(model, "cpu", dropout=None, checkpoint=checkpoint)
     save_pretrained(gpt, out, tokenizer)
     print(f"{out}: {gpt.cfg.n_layer} layers, {gpt.cfg.n_embd} wide, {gpt.cfg.vocab_size:,} ids; "
           f"open it with AutoModelForCausalLM.from_pretrained({out!r})")

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'HEADER_BYTES', 'as_uint16', 'write_shard', 'read_bin', 'read_npy', 'read_shard', 'say_once',
-           'list_shards', 'Manifest', 'shard_entry', 'verify']
+           'list_shards', 'Manifest', 'shard_entry', 'verify', 'shard_folders', 'find_shards', 'quick_digest',
+           'check_largest', 'data_identity']
 
 # %% ../nbs/06_shards.ipynb #39d1d334
+import hashlib
 import json
 import re
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import InputError, atomic_write, sha256
+from .core import InputError, atomic_write, cache_dir, sha256
 
 # %% ../nbs/06_shards.ipynb #5f51edcb
 def as_uint16(
@@ -157,9 +159,11 @@ class Manifest:
 # %% ../nbs/06_shards.ipynb #e9da8214
 def shard_entry(
     path, # a shard
-) -> dict: # its file name, tokens and sha256
+) -> dict: # its file name, number of tokens, largest id and sha256
     "What the manifest keeps of one shard"
-    return dict(file=Path(path).name, tokens=len(read_shard(path)), sha256=sha256(path))
+    ids = read_shard(path)
+    largest = max((int(part.max()) for part in np.array_split(ids, len(ids) // 2**22 + 1)), default=0) # 8 MB at a time
+    return dict(file=Path(path).name, tokens=len(ids), largest_id=largest, sha256=sha256(path))
 
 # %% ../nbs/06_shards.ipynb #a637cb99
 def verify(
@@ -181,3 +185,55 @@ def verify(
     if tokenizer.exists() and sha256(tokenizer) != manifest.tokenizer:
         raise InputError(f"{tokenizer}: not the tokenizer that made the shards, expected SHA-256 {manifest.tokenizer}")
     return manifest
+
+# %% ../nbs/06_shards.ipynb #a50311aa
+def shard_folders(
+    name: str | Path, # a folder, or a name such as fineweb-edu
+) -> list[Path]:
+    "Where the shards of a name may lie, in the order in which they are looked for"
+    return [Path(name), Path("data")/name, cache_dir()/name]
+
+
+def find_shards(
+    name: str | Path, # see `shard_folders`
+) -> Path | None: # the folder, or None if there is none
+    "The folder that holds the training shards of a name"
+    return next((f for f in shard_folders(name) if f.is_dir() and list_shards(f, "train")), None)
+
+# %% ../nbs/06_shards.ipynb #77604137
+def quick_digest(
+    path: Path,
+    size: int = 2**20, # bytes to read at each end
+) -> str: # SHA-256
+    "A hash of a file's name, its size and its ends"
+    n = path.stat().st_size
+    with open(path, "rb") as f:
+        ends = f.read(size)
+        f.seek(max(0, n - size))
+        ends += f.read(size)
+    return hashlib.sha256(f"{path.name} {n} ".encode() + ends).hexdigest()
+
+
+def check_largest(
+    folder: str | Path, # of shards
+    n_vocab: int, # ids of the tokenizer
+):
+    "`InputError` for the first shard that, by the manifest, holds an id which the tokenizer does not have"
+    manifest = Manifest.load(folder)
+    for shard in manifest.shards if manifest else ():
+        if shard.get("largest_id", 0) >= n_vocab:
+            raise InputError(f"{Path(folder)/shard['file']}: holds id {shard['largest_id']:,}, and the tokenizer has {n_vocab:,} ids")
+
+
+def data_identity(
+    folder: str | Path, # holds shards
+) -> str: # SHA-256
+    "A hash of what a folder of shards holds, the same wherever it lies"
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    known = {s["file"]: s["sha256"] for s in manifest.shards} if manifest else {}
+    own = folder/"tokenizer.json"
+    parts = [manifest.tokenizer if manifest else sha256(own) if own.exists() else "no tokenizer"]
+    for split in ("train", "val"):
+        parts += [split, *(known.get(p.name) or quick_digest(p) for p in list_shards(folder, split))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
