@@ -43,6 +43,9 @@ print(json.dumps(dict(isa=torch.backends.cpu.get_cpu_capability().lower(), threa
 """
 
 
+RUNNING = set() # leaders of the groups of processes that were started and have not ended
+
+
 @dataclass(frozen=True)
 class Row:
     number: int
@@ -146,6 +149,7 @@ def variables(row: Row, project: Path, python: str) -> dict:
     env = {k: v for k, v in os.environ.items() if not re.match(ours, k)}
     env |= {"PYTHONPATH": str(project), "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1",
             "PATH": f"{Path(python).parent}{os.pathsep}{env['PATH']}", "CUDA_VISIBLE_DEVICES": "",
+            "TMPDIR": str(project.parent), # what notebooks leave goes with the row
             "OMP_NUM_THREADS": row.factors.get("threads", "1")}
     if not row.factors: return env
     aten, onednn, mkl = ISAS[row.factors["isa"]]
@@ -162,15 +166,25 @@ def capability() -> str:
 
 # --- running ------------------------------------------------------------------------------------------------------
 
+def end_group(pid: int):
+    "End what a process started, if anything is left; torchrun needs a moment to end its workers"
+    try:
+        os.killpg(pid, signal.SIGTERM)
+        time.sleep(3)
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError: pass
+
+
 def run(command: list, timeout: float, **kwargs) -> tuple[int, str]:
     "Exit code and output of a command; whatever it started ends with it"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
                                errors="replace", start_new_session=True, **kwargs)
+    RUNNING.add(process.pid)
     try: output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired: return -1, f"\nTimeoutError: still running after {timeout:.0f} s"
     finally:
-        try: os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass # the usual case: nothing is left
+        end_group(process.pid)
+        RUNNING.discard(process.pid)
     return process.returncode, output
 
 
@@ -238,7 +252,12 @@ def run_row(row: Row, names: list[str], source: Path, args: argparse.Namespace) 
             if broke := run_notebook(name, project, env, logs): failed[name] = broke
             print(f"     {name}: {broke or 'passed'}", flush=True)
 
-        with ThreadPoolExecutor(workers) as pool: list(pool.map(one, names[::-1] if backwards else names))
+        with ThreadPoolExecutor(workers) as pool:
+            try: list(pool.map(one, names[::-1] if backwards else names))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for pid in list(RUNNING): end_group(pid)
+                raise
     passed = [name for name in names if name not in failed]
     return result | dict(seen=seen, passed=passed, failed=failed, seconds=round(time.time() - start))
 
@@ -320,7 +339,7 @@ def main() -> int:
         copy_project(source)
         for row, names in planned:
             same = dict(row=row.number, settings=row.describe(), notebooks=names)
-            done = [r for r in finished(state) if same.items() <= r.items() and "not_here" not in r]
+            done = [r for r in finished(state) if same.items() <= r.items() and "seen" in r]
             print(f"row {row.number}: {row.describe()}{', already run' if done and not args.fresh else ''}", flush=True)
             if not done or args.fresh:
                 done = [dict(tree=state, **run_row(row, names, source, args))]
@@ -335,4 +354,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try: sys.exit(main())
+    except KeyboardInterrupt: sys.exit("stopped; the same command goes on with the row that was running")
