@@ -1,13 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow lab notebooks export readme clean
+.PHONY: help train test slow matrix lab notebooks export readme clean
 
 help:       ## list these targets
-	@sed -n 's/^\([a-z]*\): *\([^#]*\)## \(.*\)/  make \1\t\3/p' $(MAKEFILE_LIST) | expand -t 22
+	@awk -F '## ' '/^[a-z]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train GPT-2 on Shakespeare's plays in minutes on a CPU; flags of gpt2_train go in ARGS="..."
 	@$(BIN)/gpt2_train $(ARGS)
@@ -15,8 +16,11 @@ train: $(READY)  ## train GPT-2 on Shakespeare's plays in minutes on a CPU; flag
 test: $(READY)   ## run every check and every notebook's tests
 	@$(BIN)/python .ci/book.py check
 
-slow: $(READY)   ## run the notebooks' tests with the slow ones
-	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --flags slow --do_print --timing
+slow: $(SLOW)    ## run the notebooks' tests with the slow ones
+	@$(BIN)/python .ci/book.py slow $(ARGS)
+
+matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and torches; ARGS="--quick", "--rows 2,5" or "--list"
+	@$(BIN)/python .ci/matrix.py $(ARGS)
 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
@@ -32,7 +36,7 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/book.py readme
 
 clean:           ## remove the environment and what was built
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .matrix build dist *.egg-info
 
 # torch first and by its pin, so that no later package pulls in another build of it
 $(READY): settings.ini setup.py constraints.txt
@@ -40,4 +44,8 @@ $(READY): settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(SLOW): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,slow]"
 	@touch $@
