@@ -159,9 +159,11 @@ class FileSource:
     def load_state_dict(self, state: list):
         self.at = list(state)
 
-    def revision(self) -> str: # SHA-256 over names and contents
-        digests = [f"{f.name} {sha256(f)}\n" for f in self.files]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+    def revision(self, known: str | None = None) -> str: # SHA-256 over the contents, whatever the files are called
+        digests = [sha256(f) for f in self.files]
+        named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # as older manifests have it
+        if known == hashlib.sha256(named.encode()).hexdigest(): return known
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
     def progress(self) -> float: # from 0 to 1, by bytes of the files
         done, open_file = sum(self.sizes[:self.at[0]]), self.file and not self.file.closed
@@ -196,7 +198,7 @@ class HubSource:
         self.loaded = state
         self.data.load_state_dict(state)
 
-    def revision(self) -> str | None: return self.commit
+    def revision(self, known: str | None = None) -> str | None: return self.commit
 
     def progress(self) -> None: return None # the Hub does not say how much there is
 
@@ -498,6 +500,8 @@ def what_is_there(
         return wanted
     kinds = dict(config=f"of another configuration ({have.config})", revision=f"of another text ({have.source})",
                  tokenizer="of another tokenizer", settings=f"made with {have.settings}")
+    same_name = {"name": have.settings["name"]} if "name" in have.settings else {} # shards keep the name that they have
+    wanted = replace(wanted, settings=wanted.settings | same_name)
     for key, kind in kinds.items():
         if getattr(have, key) != getattr(wanted, key):
             raise InputError(f"{out}: holds shards {kind}, take another folder")
@@ -614,7 +618,7 @@ def prepare(
     if config and not hub: raise InputError(f"{name} has no configurations, so leave out config {config!r}")
     config = config or "sample-10BT" if hub else ""
     known = Manifest.load(out) if out.is_dir() else None # a run that goes on keeps its commit
-    revision = open_source(name, config, known and known.revision).revision()
+    revision = open_source(name, config, known and known.revision).revision(known and known.revision)
     wanted = Manifest(str(name), revision, tokenizer_hash(tokenizer), config, settings)
     if (there := what_is_there(out, wanted)).finished: return there
     with written_folder(out): return write_shards(out, what_is_there(out, wanted), tokenizer, workers)

@@ -458,7 +458,7 @@ def seal(temporary: Path, final: Path, state: dict):
     hashes = {posix_path(p.relative_to(temporary)): sha256(p) for p in files}
     with atomic_write(temporary/"state.json", "w") as f: json.dump(dict(**state, sha256=hashes), f)
     for p in files:
-        with open(p, "rb") as f: os.fsync(f.fileno())
+        with open(p, "rb+") as f: os.fsync(f.fileno()) # Windows wants a file that is open for writing
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
 
