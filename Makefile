@@ -5,7 +5,7 @@ SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow matrix lab notebooks export readme clean
+.PHONY: help train test slow gpu matrix lab notebooks export readme clean
 
 help:       ## list these targets
 	@awk -F '## ' '/^[a-z]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ slow: $(SLOW)    ## run the notebooks' tests with the slow ones
 
 matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and torches; ARGS="--quick", "--rows 2,5" or "--list"
 	@$(BIN)/python .ci/matrix.py $(ARGS)
+
+# needs no environment of ours: a PYTHON that is named, else that of .venv where there is one, else python3
+gpu:             ## run the tests that need a GPU, then measure training on it, in under 6 minutes
+	@$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) .ci/gpu.py $(ARGS)
 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs

@@ -84,13 +84,14 @@ def write_readme(root: Path = ROOT):
 
 # --- running ------------------------------------------------------------------------------------------------------
 
-def run_notebook(path: Path):
-    "Run a notebook from top to bottom with Jupyter's kernel and save its outputs"
+def run_notebook(path: Path, quick: bool = False):
+    "Run a notebook from top to bottom with Jupyter's kernel and save its outputs; if `quick`, slow cells keep theirs"
     from nbclient import NotebookClient
 
     class Client(NotebookClient):
         async def async_execute_cell(self, cell, cell_index, **kw):
             if cell.cell_type == "code" and skipped(cell.source): return cell
+            if quick and "slow" in directives(cell.source): return cell
             return await super().async_execute_cell(cell, cell_index, **kw)
 
     nb = nbformat.read(path, as_version=4)
@@ -349,6 +350,7 @@ def main():
                        ("run", "run notebooks and save their outputs")):
         command = commands.add_parser(name, help=text)
         command.add_argument("notebooks", nargs="*", help="such as 02_attention; default all")
+        if name == "run": command.add_argument("--quick", action="store_true", help="leave the outputs of slow cells as they are")
     args = parser.parse_args()
     names = [Path(n).stem for n in getattr(args, "notebooks", [])]
 
@@ -356,7 +358,7 @@ def main():
     if args.command == "test": sys.exit(test(names))
     if args.command == "slow": sys.exit(slow(names))
     if args.command == "readme": return write_readme()
-    for path in [Path(p).resolve() for p in args.notebooks] or notebooks(): run_notebook(path)
+    for path in [NBS/f"{name}.ipynb" for name in names] or notebooks(): run_notebook(path, args.quick)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ __all__ = ['DIRECTION', 'BEFORE_SPACE', 'READERS', 'HUB', 'FORWARD', 'SPACE', 'L
            'play_files', 'read_play', 'plays', 'read_txt', 'decode_part', 'read_jsonl', 'read_parquet', 'FileSource',
            'HubSource', 'text_files', 'hub_commit', 'open_source', 'Part', 'train_val_parts', 'documents',
            'train_val_texts', 'train_tokenizer', 'read_batches', 'BulkEncoder', 'encode_batch', 'encode_batches',
-           'SplitWriter', 'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'lock_folder',
-           'written_folder', 'splits_to_make', 'write_shards', 'shard_settings', 'prepare', 'count_ids',
-           'shards_on_hub', 'fetch_shard', 'download_shards', 'prepare_tokenizer', 'say_shards', 'main']
+           'SplitWriter', 'write_split', 'show_progress', 'tokenizer_hash', 'what_is_there', 'written_folder',
+           'splits_to_make', 'write_shards', 'shard_settings', 'prepare', 'count_ids', 'shards_on_hub', 'fetch_shard',
+           'download_shards', 'prepare_tokenizer', 'say_shards', 'main']
 
 # %% ../nbs/07_fineweb.ipynb #e2f7165e
 import codecs
@@ -33,7 +33,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from .core import InputError, cache_dir, cli, sha256, wheel_files
+from .core import InputError, cache_dir, cli, lock_folder, new_folder, posix_path, sha256, wheel_files
 from .bpe import BPE, EOT, count_words, load_tokenizer
 from .shards import Manifest, list_shards, read_shard, shard_entry, write_shard
 from .shards import verify as verify_shards
@@ -510,40 +510,22 @@ def what_is_there(
 
 # %% ../nbs/07_fineweb.ipynb #c3cea6c0
 @contextmanager
-def lock_folder(
-    out: Path, # a folder that is there
-):
-    "Keep other processes from writing a folder; `InputError` where one is at it"
-    try: import fcntl # POSIX only; elsewhere there is no lock
-    except ImportError: return (yield)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise InputError(f"{out}: another process is writing there; wait for it, or stop it")
-        except OSError: pass # some network file systems know no locks
-        yield
-    finally: os.close(handle)
-
-
-@contextmanager
 def written_folder(
     out: Path, # folder of shards, may be new
 ):
-    "Make a folder and lock it; after an error nothing stays in it but finished shards and what goes with them"
-    new = next((p for p in [*reversed(out.parents), out] if not p.exists()), None) # the first folder that we make
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{out}: {e.strerror}") from e
-    with lock_folder(out):
+    "Make a folder and lock it; after an error only finished shards, and what goes with them, stay of what was made"
+    names = "manifest.json", "tokenizer.json"
+    with new_folder(out, ()), lock_folder(out):
+        before = [name for name in names if (out/name).exists()]
         try: yield
         except (OSError, InputError) as e:
             manifest = Manifest.load(out)
             done = manifest.shards if manifest else []
-            if not done:
-                for name in ("manifest.json", "tokenizer.json"): (out/name).unlink(missing_ok=True)
-                if new: shutil.rmtree(new, ignore_errors=True)
+            for name in names:
+                if not done and name not in before: (out/name).unlink(missing_ok=True)
             if isinstance(e, InputError): raise
-            raise InputError(f"{out}: {e.strerror or e}; {len(done)} shards are complete and stay, and the same command "
-                             "goes on from there") from e
+            raise InputError(f"{e.filename or out}: {e.strerror or e}; {len(done)} shards are complete and stay, and the same "
+                             "command goes on from there") from e
 
 # %% ../nbs/07_fineweb.ipynb #85875684
 def splits_to_make(
@@ -619,7 +601,7 @@ def prepare(
     config = config or "sample-10BT" if hub else ""
     known = Manifest.load(out) if out.is_dir() else None # a run that goes on keeps its commit
     revision = open_source(name, config, known and known.revision).revision(known and known.revision)
-    wanted = Manifest(str(name), revision, tokenizer_hash(tokenizer), config, settings)
+    wanted = Manifest(posix_path(str(name)), revision, tokenizer_hash(tokenizer), config, settings)
     if (there := what_is_there(out, wanted)).finished: return there
     with written_folder(out): return write_shards(out, what_is_there(out, wanted), tokenizer, workers)
 
