@@ -388,8 +388,9 @@ def parent(flags) -> int:
     for task in to_do:
         if left() < WORTH_S: print(f"  skipped, the budget is used up: {name_of(task)}", flush=True)
         elif task in tests: do_notebook(task, job, tests[task], min(NOTEBOOK_S, left()))
-        elif not do_rate(task, job, min(RATE_S, left())): print(f"  stopped at the end of the budget: {task}", flush=True)
-        else: print(f"  {figures(results([out], stamp)[prefix + task]):54}{prefix + task}", flush=True)
+        elif do_rate(task, job, min(RATE_S, left())):
+            print(f"  {figures(results([out], stamp)[prefix + task]):54}{prefix + task}", flush=True)
+        else: print(f"  stopped at the end of the budget: {task}", flush=True)
         made |= set(tasks[task])
 
     found = results(files, stamp)
