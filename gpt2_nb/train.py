@@ -362,10 +362,11 @@ def open_data(
 def data_folder(cfg: TrainConfig, out: Path) -> Path | None:
     "The folder of ready shards that a run reads, wherever it lies now; None where the run makes shards from a text"
     if folder := find_shards(cfg.data): return folder
-    known = read_json(out/"config.json").get("data", {}) if (out/"config.json").exists() else {}
     there = Path(cfg.data).exists() or cfg.data == "shakespeare"
-    for folder in (Path(known.get("folder", "")), out/"data"): # of a run that goes on, whose text may be gone
-        if known and not there and folder.is_dir() and list_shards(folder, "train"): return folder
+    if (out/"config.json").exists() and not there: # a run that goes on, whose data is not where it was
+        known = read_json(out/"config.json").get("data", {})
+        for folder in (Path(known.get("folder", out/"data")), out/"data"):
+            if folder.is_dir() and list_shards(folder, "train"): return folder
     if cfg.data in (*HUB, *READY) and not there:
         places = ", ".join(map(str, shard_folders(cfg.data)))
         raise InputError(f"{cfg.data}: no shards in {places}; make them first: gpt2_prepare --dataset {cfg.data}")
