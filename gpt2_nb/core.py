@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -235,7 +236,8 @@ def native_path(
 def cache_dir() -> Path:
     "The folder for data: `$GPT2_NB_DATA`, else the platform's cache folder with `gpt2_nb` in it"
     if given := os.environ.get("GPT2_NB_DATA"): return Path(given)
-    home = Path.home()
+    try: home = Path.home()
+    except RuntimeError: return Path(tempfile.gettempdir())/"gpt2_nb" # a user without a home, as in some containers
     if sys.platform == "darwin": return home/"Library"/"Caches"/"gpt2_nb"
     if sys.platform == "win32": return Path(os.environ.get("LOCALAPPDATA", home/"AppData"/"Local"))/"gpt2_nb"
     return Path(os.environ.get("XDG_CACHE_HOME", home/".cache"))/"gpt2_nb"
