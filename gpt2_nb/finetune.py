@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import InputError, Limit, atomic_write, check_flags, cli, posix_path
+from .core import InputError, Limit, atomic_write, check_flags, cli, parse_json, posix_path
 from .bpe import BPE, load_tokenizer
 from .model import GPT, GPTConfig
 from .pretrained import (REPOS, atomic_folder, choose_checkpoint, fill_model, find_pretrained, gpt_config, load_model,
@@ -56,7 +56,7 @@ def line_pairs(
     line: bytes,
 ) -> list[tuple[str, str]]: # prompt, completion
     "What one line of a .jsonl teaches; `ValueError` says what is wrong with it"
-    try: row = json.loads(line)
+    try: row = parse_json(line)
     except ValueError as e: raise ValueError(f"not JSON: {e}") from e
     if not isinstance(row, dict): raise ValueError("not a JSON object")
     if "messages" in row:
