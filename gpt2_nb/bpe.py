@@ -296,8 +296,8 @@ def load(
     path, # a file that `save` wrote, or another tokenizer.json of GPT-2's kind
 ) -> BPE:
     "Read a tokenizer from one file"
-    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise InputError(f"{path} cannot be read as a tokenizer: {e}") from e
+    try: data = json.loads(Path(path).read_text(encoding="utf-8-sig")) # with a byte order mark or without
+    except (OSError, ValueError, RecursionError) as e: raise InputError(f"{path} cannot be read as a tokenizer: {e}") from e
     byte_of = {c: b for b, c in enumerate(byte_chars())}
     try:
         model, normalizer = data["model"], data.get("normalizer")

@@ -12,13 +12,15 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
+from tokenize import TokenError
+from typing import get_origin
 
 import numpy as np
 
-from .core import InputError, atomic_write, cache_dir, sha256
+from .core import InputError, atomic_write, cache_dir, known_fields, sha256
 
 # %% ../nbs/06_shards.ipynb #5f51edcb
 def as_uint16(
@@ -81,7 +83,7 @@ def read_npy(
 ) -> np.ndarray: # (n,) uint16, mapped and read-only
     "Map an array of uint16 that numpy saved, once dtype, shape and size are right"
     try: ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as e:
+    except (ValueError, TypeError, OverflowError, EOFError, TokenError) as e: # whatever the header makes numpy raise
         raise InputError(f"{path}: not a whole .npy file, expected uint16 ids ({e})") from None
     if not isinstance(ids, np.ndarray):
         raise InputError(f"{path}: an archive of arrays, expected one array of uint16 ids")
@@ -152,9 +154,25 @@ class Manifest:
         "Read `manifest.json` from `folder`"
         path = Path(folder)/"manifest.json"
         if not path.exists(): return None
-        try: return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
+        try: manifest = cls(**known_fields(cls, json.loads(path.read_text(encoding="utf-8-sig")), path))
+        except InputError: raise
+        except (OSError, ValueError, TypeError, RecursionError) as e:
             raise InputError(f"{path}: not a manifest that this version reads ({e})") from None
+        manifest.check(path)
+        return manifest
+
+    def check(self, path: Path):
+        "`InputError` where a field is not of the kind that it should be"
+        for f in fields(self):
+            kind = get_origin(f.type) or f.type # of list[dict], list
+            value = getattr(self, f.name)
+            if value is None and f.name == "revision": continue # of a data set without commits
+            if not isinstance(value, kind):
+                raise InputError(f"{path}: not a manifest that this version reads ({f.name} is no {kind.__name__})")
+        expected = dict(file=str, tokens=int, sha256=str)
+        for shard in self.shards:
+            if not isinstance(shard, dict) or any(not isinstance(shard.get(k), t) for k, t in expected.items()):
+                raise InputError(f"{path}: not a manifest that this version reads (a shard without {', '.join(expected)})")
 
 # %% ../nbs/06_shards.ipynb #e9da8214
 def shard_entry(
@@ -175,8 +193,8 @@ def verify(
     if not manifest.finished: raise InputError(f"{folder}: not finished, run gpt2_prepare again with the same settings")
     for shard in manifest.shards:
         found = shard_entry(folder/shard["file"])
-        for key in ("tokens", "sha256"):
-            if found[key] != shard[key]:
+        for key in ("tokens", "largest_id", "sha256"):
+            if key in shard and found[key] != shard[key]: # older manifests have no largest_id
                 raise InputError(f"{folder/shard['file']}: {key} {found[key]}, its manifest says {shard[key]}")
     here = {p.name for split in ("train", "val") for p in list_shards(folder, split)}
     if extra := sorted(here - {s["file"] for s in manifest.shards}):
@@ -191,7 +209,9 @@ def shard_folders(
     name: str | Path, # a folder, or a name such as fineweb-edu
 ) -> list[Path]:
     "Where the shards of a name may lie, in the order in which they are looked for"
-    return [Path(name), Path("data")/name, cache_dir()/name]
+    path = Path(name)
+    if not path.parts or ".." in path.parts: return [path] # `.` and `..` are places and no names
+    return [path, Path("data")/path, cache_dir()/path]
 
 
 def find_shards(
