@@ -83,8 +83,8 @@ def pick_device(
     "The device called `name`; for `auto` CUDA, else Apple's MPS, else the CPU"
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto": name = next(k for k, there in have.items() if there)
-    kind, _, index = name.partition(":")
-    if kind not in have or not (index == "" or index.isdigit()):
+    kind, colon, index = name.partition(":")
+    if kind not in have or (colon and not index.isdecimal()):
         raise InputError(f"unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps")
     if not have[kind]: raise InputError(f"device {name!r} was asked for, and this machine has none")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
@@ -312,7 +312,7 @@ class Limit:
     def allows(self, value) -> bool:
         "Whether `value` is within the limits"
         if self.choices: return value in self.choices
-        if not math.isfinite(value): return False
+        if isinstance(value, float) and not math.isfinite(value): return False
         too_low = self.low is not None and value < self.low or self.above is not None and value <= self.above
         too_high = self.high is not None and value > self.high or self.below is not None and value >= self.below
         return not (too_low or too_high)
@@ -320,7 +320,7 @@ class Limit:
     def __str__(self):
         if self.choices: return f"one of {', '.join(self.choices)}"
         words = dict(low="at least", above="above", high="at most", below="below")
-        return " and ".join(f"{w} {getattr(self, k):g}" for k, w in words.items() if getattr(self, k) is not None) or "finite"
+        return " and ".join(f"{w} {getattr(self, k)}" for k, w in words.items() if getattr(self, k) is not None) or "finite"
 
 # %% ../nbs/00_core.ipynb #758ffa67
 def check_flags(

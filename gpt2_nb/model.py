@@ -31,14 +31,26 @@ class GPTConfig:
     padded_vocab_size: int = 0 # rows of the embedding, at least `vocab_size`; 0 for no padding
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1: raise InputError(f"{name} is {getattr(self, name)}, and must be at least 1")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "padded_vocab_size"):
+            value, least = getattr(self, name), 0 if name == "padded_vocab_size" else 1
+            if type(value) is not int: raise InputError(f"{name} is {value!r}, and must be an integer")
+            if value < least: raise InputError(f"{name} is {value}, and must be at least {least}")
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout}, and must be at least 0 and below 1")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout!r}, and must be at least 0 and below 1")
         if self.padded_vocab_size and self.padded_vocab_size < self.vocab_size:
             raise InputError(f"padded_vocab_size ({self.padded_vocab_size}) is below vocab_size ({self.vocab_size})")
+        if self.n_layer > 2**12: # each is a Python object of its own, which takes time even without memory for its weights
+            raise InputError(f"n_layer is {self.n_layer}, and must be at most {2**12}")
+        if self.n_params > 2**40: # 4 TiB in fp32, more than one machine holds
+            raise InputError(f"a model of this shape has too many parameters: at most {2**40:.1e} are allowed")
+
+    @property
+    def n_params(self) -> int:
+        "Number of parameters of such a model, found without building it"
+        C = self.n_embd
+        return (self.vocab_rows + self.block_size + 2) * C + self.n_layer * (12 * C * C + 13 * C)
 
     @property
     def vocab_rows(self) -> int:
