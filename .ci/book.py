@@ -142,7 +142,8 @@ def should_show(source: str) -> bool:
     try: body = ast.parse(re.sub(r"^[!%].*$", "pass", source, flags=re.M)).body
     except SyntaxError: return False
     if not body: return False
-    for node in (n for part in body for n in ast.walk(part)): # a program in a string shows nothing
+    for node in (n for part in body for n in ast.walk(part)): # a program in a string shows nothing, nor does what went well
+        if isinstance(node, ast.Try): node.handlers = [ast.parse("try: pass\nexcept Exception: pass").body[0].handlers[0]]
         if isinstance(node, ast.Constant) and isinstance(node.value, str): node.value = ""
     top = "\n".join(ast.unparse(n) for n in body if not isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)))
     if SHOWS.search(top) and "plt.close" not in top: return True

@@ -462,7 +462,7 @@ def free_folder(
     except (OSError, RuntimeError, ValueError) as e: # links in a circle, or characters that no name can have
         raise InputError(f"{str(path)[:200]!r} cannot be a folder: {getattr(e, 'strerror', None) or e}") from e
     if not free: raise InputError(f"{path} already holds something else: give another folder")
-    if not above.is_dir(): raise InputError(f"{path} cannot be a folder: {above} is a file")
+    if not above.is_dir(): raise InputError(f"{path} cannot be a folder: {above.name} is a file")
     if not os.access(final.parent if above == final else above, os.W_OK):
         raise InputError(f"{path} cannot be written: change the permissions of {above}")
     return final

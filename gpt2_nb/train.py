@@ -112,7 +112,7 @@ def bf16_hint(
 ) -> str: # empty where there is nothing to say
     "A line of advice where a large model is about to be trained in fp32 on a CPU with units for bf16"
     if device.type != "cpu" or n_params < 10_000_000 or not has_fast_bf16(device): return ""
-    return "this CPU has units for bf16: --dtype bfloat16 would be about 1.4 times as fast, with losses that differ in " \
+    return "this CPU has units for bf16: --dtype bfloat16 would be about 1.2 to 1.4 times as fast, with losses that differ in " \
            "the third digit"
 
 # %% ../nbs/12_train.ipynb #4c5f6ec0
