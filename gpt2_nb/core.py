@@ -6,10 +6,11 @@
 __all__ = ['test_tensor', 'test_raises', 'seed_everything', 'InputError', 'pick_device', 'parse_json', 'known_fields',
            'compare_times', 'has_fast_bf16', 'pick_dtype', 'atomic_write', 'new_folder', 'lock_folder', 'sha256',
            'posix_path', 'native_path', 'cache_dir', 'wheel_files', 'FlagParser', 'flags_of', 'parse_flags', 'Limit',
-           'check_flags', 'forgiving_streams', 'cli', 'plot_style']
+           'check_flags', 'forgiving_streams', 'is_out_of_memory', 'out_of_resources', 'cli', 'plot_style']
 
 # %% ../nbs/00_core.ipynb #7792242d
 import argparse
+import errno
 import hashlib
 import importlib
 import inspect
@@ -341,6 +342,25 @@ def forgiving_streams():
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 
 
+def is_out_of_memory(
+    e: BaseException,
+) -> bool:
+    "Whether an exception means that a device's memory, or the computer's, was not enough"
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
+    return isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e) # torch's allocator on a CPU
+
+
+def out_of_resources(
+    e: BaseException,
+) -> str: # one line; empty where something else is wrong
+    "What to tell a user whose disk or memory was not enough"
+    if is_out_of_memory(e): return "out of memory: take a smaller model, a smaller batch, or a larger machine"
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "the file became too large",
+            errno.EROFS: "the disk is read-only", errno.EIO: "the disk failed"}
+    if not isinstance(e, OSError) or e.errno not in full: return ""
+    return f"{e.filename}: {full[e.errno]}" if e.filename else full[e.errno]
+
+
 def cli(
     f=None, # a function with docments
     *,
@@ -359,6 +379,9 @@ def cli(
         except InputError as e: sys.exit(f"{Path(sys.argv[0]).stem}: error: {' '.join(str(e).splitlines())}")
         except KeyboardInterrupt: sys.exit(130) # as a shell counts Ctrl-C, without a traceback
         except BrokenPipeError: os._exit(141) # as it counts SIGPIPE; an orderly exit would write to the pipe once more
+        except (OSError, RuntimeError, MemoryError) as e:
+            if not (message := out_of_resources(e)): raise # a defect: its traceback is wanted
+            sys.exit(f"{Path(sys.argv[0]).stem}: error: {message}")
 
     caller = sys._getframe(1).f_globals
     if caller.get("__name__") == "__main__" and "__file__" in caller: main()

@@ -39,8 +39,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
-from .core import (InputError, Limit, atomic_write, cache_dir, check_flags, cli, has_fast_bf16, known_fields, lock_folder,
-                          native_path, new_folder, pick_device, pick_dtype, posix_path, seed_everything, sha256)
+from .core import (InputError, Limit, atomic_write, cache_dir, check_flags, cli, has_fast_bf16, is_out_of_memory,
+                          known_fields, lock_folder, native_path, new_folder, pick_device, pick_dtype, posix_path, seed_everything, sha256)
 from .bpe import BPE, EOT, load_tokenizer
 from .model import GPT, GPTConfig, flops_per_token
 from .pretrained import checkpoints, load_model, read_best, read_json, read_state, saved_shape
@@ -952,8 +952,8 @@ def out_of_patience(run: Run) -> bool:
 def say_memory(cfg: TrainConfig):
     "Turn a device's being out of memory into advice"
     try: yield
-    except RuntimeError as e: # torch.OutOfMemoryError is one, and the CPU's allocator raises no other
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
+    except RuntimeError as e:
+        if not is_out_of_memory(e): raise
         also = "" if cfg.grad_checkpoint else ", or add --grad_checkpoint"
         raise InputError(f"out of memory with micro-batches of {cfg.batch_size} × {cfg.block_size} tokens: lower "
                          f"--batch_size (a step keeps its --total_batch_size and is the same){also}, or share the model "
