@@ -22,9 +22,9 @@ NBS, LIB = ROOT/"nbs", ROOT/"gpt2_nb"
 PARTS = ["nbs", "gpt2_nb", "settings.ini", "setup.py", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"]
 
 # Notebooks whose tests call what only POSIX has; on Windows they are left out, and listed as left out.
-NEEDS_POSIX = {"07_fineweb": "its drill forks and kills the child, and a test needs the module resource",
-               "11_distributed": "starts groups of processes with torchrun and gloo",
-               "12_train": "its drill forks and kills the child, and a test limits the size of files with resource"}
+NEEDS_POSIX = {"10_fineweb": "its drill forks and kills the child, and a test needs the module resource",
+               "13_distributed": "starts groups of processes with torchrun and gloo",
+               "19_train": "its drill forks and kills the child, and a test limits the size of files with resource"}
 
 
 def notebooks() -> list[Path]:

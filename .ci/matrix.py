@@ -306,7 +306,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rows that have every value once, on this Python")
     parser.add_argument("--list", action="store_true", help="print the rows and run nothing")
     parser.add_argument("--fresh", action="store_true", help="run again what has a result for this state of the files")
-    parser.add_argument("--notebooks", help="only these of each row's, such as 02_attention,09_optim")
+    parser.add_argument("--notebooks", help="only these of each row's, such as 02_attention,12_optim")
     parser.add_argument("--envs", type=Path, default=ROOT/".matrix", help="folder of the environments of other Pythons")
     parser.add_argument("--workers", type=int, help="notebooks at a time; default as many as cores allow")
     return parser.parse_args()
