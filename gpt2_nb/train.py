@@ -46,7 +46,7 @@ from .model import GPT, GPTConfig, flops_per_token
 from .pretrained import checkpoints, load_model, read_best, read_json, read_state, saved_shape
 from .generate import generate_text
 from .shards import check_largest, data_identity, find_shards, list_shards, read_shard, shard_folders
-from .fineweb import HUB, READY, open_source, prepare, train_tokenizer
+from .fineweb import HUB, READY_SHARDS, open_source, prepare, train_tokenizer
 from .loader import ShardLoader, document_mask, document_positions, val_windows
 from .optim import lr_at, make_optimizer
 from .hellaswag import Choices, evaluate, load_examples, tokenize
@@ -367,7 +367,7 @@ def data_folder(cfg: TrainConfig, out: Path) -> Path | None:
         known = read_json(out/"config.json").get("data", {})
         for folder in (Path(known.get("folder", out/"data")), out/"data"):
             if folder.is_dir() and list_shards(folder, "train"): return folder
-    if cfg.data in (*HUB, *READY) and not there:
+    if cfg.data in (*HUB, *READY_SHARDS) and not there:
         places = ", ".join(map(str, shard_folders(cfg.data)))
         raise InputError(f"{cfg.data}: no shards in {places}; make them first: gpt2_prepare --dataset {cfg.data}")
     return None
