@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from .core import InputError, Limit, atomic_write, check_flags, cli, parse_json, posix_path
 from .bpe import BPE, load_tokenizer
 from .model import GPT, GPTConfig
-from .pretrained import (REPOS, atomic_folder, choose_checkpoint, fill_model, find_pretrained, gpt_config, load_model,
-                                merge_adapters, read_json, read_tensors, read_tokenizer, run_of, save_pretrained, saved_shape)
+from .folders import (atomic_folder, choose_checkpoint, load_model, merge_adapters, read_tokenizer, run_of,
+                             save_pretrained, saved_shape)
+from .pretrained import REPOS, fill_model, find_pretrained, gpt_config, read_json, read_tensors
 from .shards import find_shards, list_shards, read_shard
 from .fineweb import train_val_parts
 from .loader import shuffled
