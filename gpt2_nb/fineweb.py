@@ -36,7 +36,12 @@ from .shards import write_shard, written_folder
 from .shards import verify as verify_shards
 from .documents import HELD_OUT, HUB, FileSource, hub_unreachable, is_on_hub, open_source
 from .documents import source_name, train_tokenizer, train_val_parts
-from .documents import HubSource, SourceSlice, documents, train_val_texts # once of here
+# Names that were first defined here and can still be imported from here
+from .documents import BEFORE_SPACE, DIRECTION, READERS, STRINGS, HubSource, SourceSlice
+from .documents import decode_part, documents, hub_commit, play_files, play_to_text
+from .documents import read_jsonl, read_parquet, read_play, read_txt, reading
+from .documents import report_left_out, text_files, train_val_texts
+from .shards import check_own_tokenizer
 
 # %% ../nbs/10_fineweb.ipynb #4c21e050
 def read_batches(
@@ -67,7 +72,10 @@ IS_SPACE[ord(START)] = True # white space at the end of a document is not cut
 def cut_spaces(text: str) -> str: # the same with `CUT` in it
     "Cut each run of white space that something follows before its last character"
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    space = IS_SPACE.take(codes, mode="clip") # what is beyond the table is no space
+    space = (codes == 32) | (codes - 9 < 5) # unsigned, so that 8 - 9 is large
+    others = np.flatnonzero(codes > 127)
+    space[others] = IS_SPACE.take(codes[others], mode="clip") # no space is beyond the table
+
     last = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
 
     edges = [0, *last.tolist(), len(text)]
@@ -86,7 +94,7 @@ class BulkEncoder:
         strange = lambda item: START in item[1] or CUT in item[1]
         encode = {False: self._encode_fast, True: self._encode_slowly}
         parts = [encode[kind](list(group)) for kind, group in groupby(items, strange)]
-        return np.concatenate(parts)
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
 
     def _encode_fast(self, items):
         text = "".join([START * starts + text for starts, text in items])
@@ -94,6 +102,7 @@ class BulkEncoder:
         return ids[ids != self.cut].astype(np.uint16)
 
     def _encode_slowly(self, items):
+        for _, text in items: text.encode() # an error for lone surrogates, as above
         ids = [i for starts, text in items
                for i in [self.tokenizer.eot] * starts + self.tokenizer.encode_ordinary(text)]
         return np.array(ids, dtype=np.uint16)
@@ -106,19 +115,15 @@ def mend(text: str) -> str:
 
 def encode_batch(encoder: BulkEncoder, batch: list) -> tuple[np.ndarray, Counter]:
     "Ids of a batch of items, (n,) uint16, and how often something was odd"
-    kept, odd = [], Counter(empty=0, endoftext_in_text=0, invalid_unicode=0)
-    for starts, text in batch:
-        try: text.encode()
-        except UnicodeEncodeError:
-            odd["invalid_unicode"] += 1
-            text = mend(text)
-
-        if starts and (not text or text.isspace()): odd["empty"] += 1
-        else: kept.append((starts, text))
-
+    blank = lambda item: item[0] and (not item[1] or item[1].isspace())
+    kept = [item for item in batch if not blank(item)]
+    odd = Counter(empty=len(batch) - len(kept), invalid_unicode=0)
     odd["endoftext_in_text"] = sum(text.count(EOT) for _, text in kept)
-    ids = encoder.encode(kept) if kept else np.zeros(0, dtype=np.uint16)
-    return ids, odd
+    try: return encoder.encode(kept), odd
+    except UnicodeEncodeError: # which is rare
+        mended = [(starts, mend(text)) for starts, text in kept]
+        odd["invalid_unicode"] = sum(a != b for a, b in zip(kept, mended))
+        return encoder.encode(mended), odd
 
 # %% ../nbs/10_fineweb.ipynb #f7333c15
 @lru_cache(maxsize=1)
