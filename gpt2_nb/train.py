@@ -42,7 +42,8 @@ from tqdm import tqdm
 from .core import (InputError, Limit, atomic_write, cache_dir, check_flags, cli, has_fast_bf16, is_out_of_memory,
                           known_fields, lock_folder, native_path, new_folder, pick_device, pick_dtype, posix_path, seed_everything, sha256)
 from .bpe import BPE, EOT, load_tokenizer
-from .model import GPT, GPTConfig, flops_per_token
+from .model import GPT, GPT2_SIZES, GPTConfig, flops_per_token
+from .memory import checkpoint_block, linear_cross_entropy
 from .pretrained import checkpoints, load_model, read_best, read_json, read_state, saved_shape
 from .generate import generate_text
 from .shards import check_largest, data_identity, find_shards, list_shards, read_shard, shard_folders
@@ -71,7 +72,7 @@ def train_step(
     shares = counts * dist.world_size / all_sum(counts.sum(), dist).clamp(min=1) # as gradients become means over ranks
     for i, (x, y) in enumerate(batches):
         with grad_sync(model, i == len(batches) - 1):
-            with autocast(): _, loss = model(x, y, return_logits=False, **extra(x) if extra else {})
+            with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **extra(x) if extra else {})
             loss = loss * shares[i]
             loss.backward()
         total = total + loss.detach()
@@ -155,7 +156,7 @@ def evaluate_loss(
     "Mean loss over every target that counts"
     def mean_loss(x, y):
         x, y = x.to(dist.device), y.to(dist.device)
-        with autocast(): _, loss = model(x, y, return_logits=False, **extra(x) if extra else {})
+        with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **extra(x) if extra else {})
         return loss.float()
 
     training, means, counts = model.training, [], []
@@ -230,11 +231,12 @@ class TrainConfig:
     device: str = "auto" # auto, cpu, cuda, cuda:N or mps
 
 # %% ../nbs/19_train.ipynb #ad367430
-def _gpt2(n_layer, n_head, n_embd, learning_rate, total_batch_size=524_288, **kw):
+def _gpt2(size, learning_rate, total_batch_size=524_288, **kw):
     "A full-scale preset: GPT-2's shape, trained as GPT-3 was on 10 billion tokens"
+    shape = GPT2_SIZES[size]
     return TrainConfig(
-        data="fineweb-edu", tokenizer="gpt2", batch_size=16, total_batch_size=total_batch_size, block_size=1024,
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=learning_rate, min_lr=learning_rate / 10,
+        preset=size, data="fineweb-edu", tokenizer="gpt2", batch_size=16, total_batch_size=total_batch_size, block_size=1024,
+        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, learning_rate=learning_rate, min_lr=learning_rate / 10,
         schedule="cosine", warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
         eval_interval=250, val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000, sample_interval=1000,
         sample_prompt="Hello, I'm a language model,",
@@ -243,10 +245,10 @@ def _gpt2(n_layer, n_head, n_embd, learning_rate, total_batch_size=524_288, **kw
 
 PRESETS = {
     "shakespeare": TrainConfig(),
-    "gpt2": replace(_gpt2(12, 12, 768, 6e-4), preset="gpt2"),
-    "gpt2-medium": replace(_gpt2(24, 16, 1024, 3e-4), preset="gpt2-medium"),
-    "gpt2-large": replace(_gpt2(36, 20, 1280, 2.5e-4), preset="gpt2-large"),
-    "gpt2-xl": replace(_gpt2(48, 25, 1600, 2e-4, total_batch_size=1_048_576, grad_checkpoint=True), preset="gpt2-xl"),
+    "gpt2": _gpt2("gpt2", 6e-4),
+    "gpt2-medium": _gpt2("gpt2-medium", 3e-4),
+    "gpt2-large": _gpt2("gpt2-large", 2.5e-4),
+    "gpt2-xl": _gpt2("gpt2-xl", 2e-4, total_batch_size=1_048_576, grad_checkpoint=True),
 }
 
 # %% ../nbs/19_train.ipynb #4803701c
@@ -718,7 +720,8 @@ def _open_run(cfg, out, dist, open_data, adapt):
     if found: model = GPT(replace(saved_shape(read_json(out/"config.json"), out/"config.json"), dropout=cfg.dropout))
     else: model = make_model(cfg, data.tokenizer, start)
     if adapt: adapt(model, cfg)
-    model.to(dist.device).grad_checkpoint = cfg.grad_checkpoint
+    model.to(dist.device)
+    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block
     if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # and then different dropout
     step_model = parallelize(model, dist, cfg.parallel)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, betas=(0.9, cfg.beta2))
