@@ -86,6 +86,7 @@ from gpt2_nb.distributed import DTensor, DistributedDataParallel, Path, nn, os, 
 from gpt2_nb.optim import make_optimizer
 from gpt2_nb.core import InputError, compare_times, seed_everything
 from gpt2_nb.model import GPT, GPTConfig
+from gpt2_nb.memory import linear_cross_entropy
 
 with distributed("cpu") as dist:
     pipe = socket.create_connection(("localhost", int(sys.argv[1]))).makefile("rwb")

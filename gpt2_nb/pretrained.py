@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from .core import InputError, cache_dir, pick_device
-from .model import GPT, PRESETS, GPTConfig
+from .model import GPT, GPT2_SIZES, GPTConfig
 
 # %% ../nbs/05_pretrained.ipynb #ecfd3c58
 TRANSPOSED = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
@@ -195,7 +195,7 @@ def fill_model(
     return model.eval()
 
 # %% ../nbs/05_pretrained.ipynb #97068d63
-REPOS = {name: f"openai-community/{name}" for name in PRESETS}
+REPOS = {name: f"openai-community/{name}" for name in GPT2_SIZES}
 
 def find_pretrained(
     name_or_dir: str | Path, # gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder; ./gpt2 is a folder, too

@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import InputError, Limit, check_flags, known_fields, native_path, posix_path
 from .bpe import BPE, load_tokenizer
-from .model import GPTConfig
+from .model import GPT2_SIZES, GPTConfig
 from .pretrained import read_json
 from .shards import check_largest, data_identity, find_shards, list_shards, read_shard, shard_folders
 from .fineweb import HUB, READY, open_source, prepare, train_tokenizer
@@ -73,11 +73,12 @@ class TrainConfig:
     device: str = "auto" # auto, cpu, cuda, cuda:N or mps
 
 # %% ../nbs/18_recipe.ipynb #ad367430
-def _gpt2(n_layer, n_head, n_embd, learning_rate, total_batch_size=524_288, **kw):
+def _gpt2(size, learning_rate, total_batch_size=524_288, **kw):
     "A full-scale preset: GPT-2's shape, trained as GPT-3 was on 10 billion tokens"
+    shape = GPT2_SIZES[size]
     return TrainConfig(
-        data="fineweb-edu", tokenizer="gpt2", batch_size=16, total_batch_size=total_batch_size, block_size=1024,
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, learning_rate=learning_rate, min_lr=learning_rate / 10,
+        preset=size, data="fineweb-edu", tokenizer="gpt2", batch_size=16, total_batch_size=total_batch_size, block_size=1024,
+        n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, learning_rate=learning_rate, min_lr=learning_rate / 10,
         schedule="cosine", warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
         eval_interval=250, val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000, sample_interval=1000,
         sample_prompt="Hello, I'm a language model,",
@@ -86,10 +87,10 @@ def _gpt2(n_layer, n_head, n_embd, learning_rate, total_batch_size=524_288, **kw
 
 PRESETS = {
     "shakespeare": TrainConfig(),
-    "gpt2": replace(_gpt2(12, 12, 768, 6e-4), preset="gpt2"),
-    "gpt2-medium": replace(_gpt2(24, 16, 1024, 3e-4), preset="gpt2-medium"),
-    "gpt2-large": replace(_gpt2(36, 20, 1280, 2.5e-4), preset="gpt2-large"),
-    "gpt2-xl": replace(_gpt2(48, 25, 1600, 2e-4, total_batch_size=1_048_576, grad_checkpoint=True), preset="gpt2-xl"),
+    "gpt2": _gpt2("gpt2", 6e-4),
+    "gpt2-medium": _gpt2("gpt2-medium", 3e-4),
+    "gpt2-large": _gpt2("gpt2-large", 2.5e-4),
+    "gpt2-xl": _gpt2("gpt2-xl", 2e-4, total_batch_size=1_048_576, grad_checkpoint=True),
 }
 
 # %% ../nbs/18_recipe.ipynb #4803701c

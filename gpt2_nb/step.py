@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from .core import InputError, has_fast_bf16, pick_dtype
 from .model import GPT, GPTConfig, flops_per_token
+from .memory import linear_cross_entropy
 from .distributed import Dist, all_sum, clip_grad_norm, grad_sync
 
 # %% ../nbs/14_step.ipynb #810783de
@@ -36,7 +37,7 @@ def train_step(
     shares = counts * dist.world_size / all_sum(counts.sum(), dist).clamp(min=1) # as gradients become means over ranks
     for i, (x, y) in enumerate(batches):
         with grad_sync(model, i == len(batches) - 1):
-            with autocast(): _, loss = model(x, y, return_logits=False, **extra(x) if extra else {})
+            with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **extra(x) if extra else {})
             loss = loss * shares[i]
             loss.backward()
         total = total + loss.detach()
@@ -120,7 +121,7 @@ def evaluate_loss(
     "Mean loss over every target that counts"
     def mean_loss(x, y):
         x, y = x.to(dist.device), y.to(dist.device)
-        with autocast(): _, loss = model(x, y, return_logits=False, **extra(x) if extra else {})
+        with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **extra(x) if extra else {})
         return loss.float()
 
     training, means, counts = model.training, [], []

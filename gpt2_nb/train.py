@@ -26,6 +26,7 @@ from .core import (InputError, atomic_write, cli, is_out_of_memory, lock_folder,
                           posix_path, seed_everything)
 from .bpe import BPE
 from .model import GPT, GPTConfig, flops_per_token
+from .memory import checkpoint_block
 from .pretrained import read_json
 from .folders import checkpoints, load_model, read_best, saved_shape
 from .generate import generate_text
@@ -146,7 +147,8 @@ def _open_run(cfg, out, dist, open_data, adapt):
     if found: model = GPT(replace(saved_shape(read_json(out/"config.json"), out/"config.json"), dropout=cfg.dropout))
     else: model = make_model(cfg, data.tokenizer, start)
     if adapt: adapt(model, cfg)
-    model.to(dist.device).grad_checkpoint = cfg.grad_checkpoint
+    model.to(dist.device)
+    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block
     if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # and then different dropout
     step_model = parallelize(model, dist, cfg.parallel)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, betas=(0.9, cfg.beta2))
