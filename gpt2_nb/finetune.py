@@ -24,9 +24,9 @@ import torch
 from .core import InputError, Limit, check_flags, cli, parse_json
 from .bpe import BPE, load_tokenizer
 from .model import GPTConfig
-from .pretrained import (
-    REPOS, choose_checkpoint, fill_model, find_pretrained, gpt_config, load_model, merge_adapters,
-    read_json, read_tensors, read_tokenizer, run_of, save_pretrained, saved_shape)
+from .pretrained import REPOS, fill_model, find_pretrained, gpt_config, read_json, read_tensors
+from .folders import (
+    choose_checkpoint, load_model, merge_adapters, read_tokenizer, run_of, save_pretrained, saved_shape)
 from .shards import find_shards, list_shards, read_shard
 from .fineweb import train_val_parts
 from .loader import shuffled

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .core import InputError, atomic_write, posix_path
 from .model import GPT
-from .pretrained import atomic_folder, choose_checkpoint, read_json, read_tensors, run_of
+from .pretrained import read_json, read_tensors
+from .folders import atomic_folder, choose_checkpoint, run_of
 
 # %% ../nbs/20_lora.ipynb #2d4119cd
 class LoRALinear(nn.Linear):

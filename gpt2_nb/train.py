@@ -43,7 +43,8 @@ from .core import (InputError, Limit, atomic_write, cache_dir, check_flags, cli,
                           known_fields, lock_folder, native_path, new_folder, pick_device, pick_dtype, posix_path, seed_everything, sha256)
 from .bpe import BPE, EOT, load_tokenizer
 from .model import GPT, GPTConfig, flops_per_token
-from .pretrained import checkpoints, load_model, read_best, read_json, read_state, saved_shape
+from .folders import checkpoints, load_model, read_best, read_state, saved_shape
+from .pretrained import read_json
 from .generate import generate_text
 from .shards import check_largest, data_identity, find_shards, list_shards, read_shard, shard_folders
 from .fineweb import HUB, READY, open_source, prepare, train_tokenizer
