@@ -20,7 +20,7 @@ from .bpe import BPE, load_tokenizer
 from .model import GPT2_SIZES, GPTConfig
 from .pretrained import read_json
 from .shards import check_largest, data_identity, find_shards, list_shards, read_shard, shard_folders
-from .fineweb import HUB, READY, open_source, prepare, train_tokenizer
+from .fineweb import HUB, READY_SHARDS, open_source, prepare, train_tokenizer
 from .loader import ShardLoader, val_windows
 
 # %% ../nbs/18_recipe.ipynb #2ac97647
@@ -211,7 +211,7 @@ def data_folder(cfg: TrainConfig, out: Path) -> Path | None:
         known = read_json(out/"config.json").get("data", {})
         for folder in (Path(known.get("folder", out/"data")), out/"data"):
             if folder.is_dir() and list_shards(folder, "train"): return folder
-    if cfg.data in (*HUB, *READY) and not there:
+    if cfg.data in (*HUB, *READY_SHARDS) and not there:
         places = ", ".join(map(str, shard_folders(cfg.data)))
         raise InputError(f"{cfg.data}: no shards in {places}; make them first: gpt2_prepare --dataset {cfg.data}")
     return None
