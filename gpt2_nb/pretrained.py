@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRANSPOSED', 'POINTER', 'GPT2_CONFIG', 'SIZES', 'DROPOUTS', 'WEIGHTS', 'WRAPPERS', 'MASKS', 'REPOS',
-           'transpose_conv1d', 'refuse_pointer', 'read_text', 'read_json', 'config_problems', 'gpt_config',
+           'transpose_conv1d', 'refuse_pointer', 'read_text', 'read_json', 'config_problems', 'gpt_config', 'hf_config',
            'report_damage', 'read_safetensors', 'read_pickle', 'read_tensors', 'full_names', 'first_names',
-           'check_tensors', 'fill_model', 'find_published', 'find_pretrained', 'from_pretrained']
+           'check_tensors', 'fill_model', 'find_published', 'find_pretrained', 'from_pretrained',
+           'read_vocab_and_merges']
 
 # %% ../nbs/05_pretrained.ipynb #39a5fadc
 import json
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from .core import InputError, cache_dir, parse_json, pick_device
+from .bpe import BPE, EOT, byte_chars
 from .model import GPT, PRESETS, GPTConfig
 
 # %% ../nbs/05_pretrained.ipynb #ecfd3c58
@@ -124,6 +126,21 @@ def gpt_config(
     if dropout is None: dropout = config.get(DROPOUTS[0], 0.1)
     try: return GPTConfig(**sizes, dropout=float(dropout))
     except InputError as e: raise InputError(f"{where} does not describe a GPT-2: {e}") from e
+
+# %% ../nbs/05_pretrained.ipynb #373e3f7b
+def hf_config(
+    cfg: GPTConfig,
+    eot: int, # id of <|endoftext|>
+    dtype: str = "float32", # of the weights beside it
+) -> dict: # for config.json
+    "Our configuration in the words of Hugging Face"
+    config = {theirs: getattr(cfg, ours) for theirs, ours in SIZES.items()}
+    config |= {key: known[0] for key, known in GPT2_CONFIG.items()}
+    config |= dict.fromkeys(DROPOUTS, cfg.dropout)
+    config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+    config |= dict.fromkeys(("dtype", "torch_dtype"), dtype) # its name today, and in older versions
+    return config | dict(architectures=["GPT2LMHeadModel"], n_inner=None, initializer_range=0.02,
+                         exported_by="gpt2_nb")
 
 # %% ../nbs/05_pretrained.ipynb #8b61e7e6
 @contextmanager
@@ -294,3 +311,21 @@ def from_pretrained(
     device, folder = pick_device(device), find_pretrained(name_or_dir)
     cfg = gpt_config(read_json(folder/"config.json"), dropout, folder/"config.json")
     return fill_model(cfg, full_names(read_tensors(folder)), folder, device, conv1d=True)
+
+# %% ../nbs/05_pretrained.ipynb #c1724608
+def read_vocab_and_merges(
+    folder: Path, # with vocab.json and merges.txt
+) -> BPE:
+    "The tokenizer in the two files in which OpenAI published GPT-2's; `InputError` for another kind"
+    ids, byte_of = read_json(folder/"vocab.json"), {c: b for b, c in enumerate(byte_chars())}
+    merges = read_text(folder/"merges.txt").split("\n")[1:] # the first line is a version
+    try:
+        made = [ids[merge.replace(" ", "")] for merge in merges if merge]
+        tokens = sorted(ids, key=ids.get)
+        complete = sorted(ids.values()) == list(range(len(ids)))
+        if made != sorted(made) or not complete or tokens[-1:] != [EOT]:
+            raise InputError("its ids are in another order")
+        return BPE([bytes([byte_of[c] for c in token]) for token in tokens[:-1]])
+    except (InputError, KeyError, TypeError, ValueError) as e:
+        problem = f"{folder} holds no tokenizer of GPT-2's kind"
+        raise InputError(f"{problem}: {type(e).__name__}: {e}") from e
