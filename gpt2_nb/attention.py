@@ -14,7 +14,7 @@ from .core import InputError
 
 # %% ../nbs/02_attention.ipynb #df8a678f
 class KVCache:
-    "Keys and values of one layer, preallocated for `max_len` positions; written in place, so for use under `no_grad`"
+    "Keys and values of one layer, for `max_len` positions; written in place: use it under `no_grad`"
     def __init__(
         self,
         batch_size: int, # B, sequences that grow together
@@ -34,13 +34,17 @@ class KVCache:
         v: torch.Tensor, # (B, H, T, D), their values
     ) -> tuple[torch.Tensor, torch.Tensor]: # keys and values of all positions so far, as views
         "Store the next keys and values; `InputError` where they do not fit"
-        (B, H, room, D), T = self.k.shape, k.shape[2]
-        if k.shape != (B, H, T, D) or v.shape != k.shape:
-            raise InputError(f"keys of shape {tuple(k.shape)} and values of {tuple(v.shape)} do not fit a cache of "
-                             f"{tuple(self.k.shape)}")
+        B, H, room, D = self.k.shape
+        T = k.shape[2]
+        if k.shape != (B, H, T, D) or v.shape != k.shape: # a batch of one would be copied to all rows
+            raise InputError(f"keys of shape {tuple(k.shape)} and values of {tuple(v.shape)} "
+                             f"do not fit a cache of {tuple(self.k.shape)}")
         start, end = self.length, self.length + T
-        if end > room: raise InputError(f"the cache has room for {room} positions, and {end} were asked for")
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+        if end > room:
+            raise InputError(f"the cache has room for {room} positions, and {end} were asked for")
+
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -54,8 +58,10 @@ class CausalSelfAttention(nn.Module):
         dropout: float = 0.0, # probability of dropping a weight, and an output, in training
     ):
         super().__init__()
-        if n_embd % n_head: raise InputError(f"n_embd ({n_embd}) is not divisible by n_head ({n_head})")
-        self.n_head, self.dropout = n_head, dropout
+        if n_embd % n_head:
+            raise InputError(f"n_embd ({n_embd}) is not divisible by n_head ({n_head})")
+        self.n_head = n_head
+        self.dropout = dropout
         self.c_attn = nn.Linear(n_embd, 3 * n_embd) # queries, keys and values of all heads
         self.c_proj = nn.Linear(n_embd, n_embd)
         self.resid_dropout = nn.Dropout(dropout)
@@ -64,19 +70,28 @@ class CausalSelfAttention(nn.Module):
         self,
         x: torch.Tensor, # (B, T, C)
         cache: KVCache | None = None, # positions before `x`; those of `x` are added to it
-        mask: torch.Tensor | None = None, # (B, 1, T, S) bool, S = cached + T: True where allowed; None is causal
+        mask: torch.Tensor | None = None, # (B, 1, T, S) bool, S = cached + T: True where allowed
     ) -> torch.Tensor: # (B, T, C)
-        "Attend from every position of `x` to itself and to all before it, or to what `mask` allows and nothing else"
+        "Attend from every position to itself and all before it, or, given a mask, to what it allows"
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)) # (B, H, T, D)
-        past, causal = cache.length if cache else 0, mask is None and T > 1 # one new position may see everything
-        good = mask is None or (mask.dtype == torch.bool and mask.shape in ((B, 1, T, past + T), (1, 1, T, past + T)))
-        if not good:
-            raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, "
-                             f"and must be bool of shape ({B}, 1, {T}, {past + T})")
-        if causal and past:
-            mask, causal = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past), False
+        past = cache.length if cache else 0
+        S = past + T # positions that can be seen
+        if mask is not None:
+            fits = mask.dtype == torch.bool and mask.shape in ((B, 1, T, S), (1, 1, T, S))
+            if not fits:
+                raise InputError(f"the mask is {mask.dtype} of shape {tuple(mask.shape)}, "
+                                 f"and must be bool of shape ({B}, 1, {T}, {S})")
+
+        parts = self.c_attn(x).split(C, dim=2) # (B, T, 3C) -> three times (B, T, C)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts) # (B, H, T, D)
         if cache: k, v = cache.append(k, v) # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           dropout_p=self.dropout if self.training else 0.0) # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+        causal = mask is None and T > 1 # one new position may see everything
+        if causal and past: # `is_causal` would align the triangle with the first key
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(past)
+            causal = False
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal) # (B, H, T, D)
+
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))

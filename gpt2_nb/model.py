@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE_LIMITS', 'GPT2_SIZES', 'WHOLE_NUMBERS', 'GPTConfig', 'check_shape', 'MLP', 'Block', 'mean_loss', 'init_weights',
-           'check_range', 'check_input', 'check_positions', 'check_targets', 'Transformer', 'GPT', 'flops_per_token']
+           'check_range', 'check_positions', 'check_input', 'check_targets', 'Transformer', 'GPT', 'flops_per_token']
 
 # %% ../nbs/03_model.ipynb #51d65a66
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .attention import CausalSelfAttention, KVCache
 # %% ../nbs/03_model.ipynb #7405fb26
 @dataclass(frozen=True)
 class GPTConfig:
-    "The shape of a GPT-2; the defaults are the 124M model's. `InputError` for a shape that cannot be built"
+    "The shape of a GPT-2, by default the 124M model's; `InputError` if it cannot be built"
     vocab_size: int = 50257 # V, number of token ids
     block_size: int = 1024 # longest context, in tokens
     n_layer: int = 12 # L, number of blocks
@@ -48,7 +48,7 @@ class GPTConfig:
 SHAPE_LIMITS = dict(
     vocab_size=Limit(low=1),
     block_size=Limit(low=1),
-    n_layer=Limit(low=1, high=2**12), # each block is a Python object, which takes time even without weights
+    n_layer=Limit(low=1, high=2**12), # even without weights, each block takes time to make
     n_head=Limit(low=1),
     n_embd=Limit(low=1),
     dropout=Limit(low=0, below=1),
@@ -72,7 +72,8 @@ def check_shape(cfg: GPTConfig):
         raise InputError(f"padded_vocab_size ({cfg.padded_vocab_size}) is below "
                          f"vocab_size ({cfg.vocab_size})")
     if cfg.n_params > 2**40: # 4 TiB in fp32, more than one machine holds
-        raise InputError(f"a model of this shape has too many parameters: at most {2**40:.1e} are allowed")
+        raise InputError("a model of this shape has too many parameters: "
+                         f"at most {2**40:.1e} are allowed")
 
 # %% ../nbs/03_model.ipynb #adeb9df7
 GPT2_SIZES = {
@@ -142,7 +143,7 @@ def init_weights(
     model: nn.Module, # a GPT or a part of it, with GPT-2's parameter names
     cfg: GPTConfig, # its shape
 ):
-    "Draw weights as GPT-2 does: std 0.02, and for the layers that end a branch 0.02 / sqrt(2 n_layer)"
+    "Draw weights as GPT-2 does: std 0.02, or 0.02 / sqrt(2 n_layer) where a branch ends"
     for name, p in model.named_parameters():
         if name.endswith("bias"): p.zero_()
         elif "ln_" in name: p.fill_(1)
@@ -163,10 +164,25 @@ def check_range(
     if least < low or most > high:
         raise InputError(f"{what} run from {least} to {most}, and this model knows {low} to {high}")
 
-# %% ../nbs/03_model.ipynb #f8c60aa3
+# %% ../nbs/03_model.ipynb #6c4a37f4
 WHOLE_NUMBERS = (torch.int64, torch.int32) # dtypes that an embedding can look up
 
 
+def check_positions(
+    cfg: GPTConfig, # the model's shape
+    idx: torch.Tensor, # (B, T), token ids
+    pos: torch.Tensor, # (B, T) or (T,)
+):
+    "Raise `InputError` for positions that cannot be looked up"
+    if not isinstance(pos, torch.Tensor) or pos.dtype not in WHOLE_NUMBERS:
+        given = getattr(pos, "dtype", type(pos).__name__)
+        raise InputError(f"pos is {given}, and must be a tensor of torch.int64")
+    if pos.shape not in (idx.shape, idx.shape[1:]):
+        raise InputError(f"pos has shape {tuple(pos.shape)}, and must be (B, T) or (T,) "
+                         f"for idx of {tuple(idx.shape)}")
+    check_range("positions", pos, 0, cfg.block_size - 1)
+
+# %% ../nbs/03_model.ipynb #f8c60aa3
 def check_input(
     cfg: GPTConfig, # the model's shape
     idx: torch.Tensor, # (B, T), token ids
@@ -181,23 +197,14 @@ def check_input(
     if idx.dtype not in WHOLE_NUMBERS:
         raise InputError(f"idx holds {idx.dtype}, and token ids are torch.int64")
     if idx.numel() == 0:
-        raise InputError(f"idx holds no tokens (its shape is {tuple(idx.shape)}): the model needs one")
+        raise InputError(f"idx holds no tokens (its shape is {tuple(idx.shape)}): "
+                         "the model needs one")
     check_range("token ids", idx, 0, cfg.vocab_size - 1)
 
     if pos is not None: return check_positions(cfg, idx, pos)
     end = past + idx.shape[1]
-    if end > cfg.block_size: raise InputError(f"{end} tokens do not fit a block_size of {cfg.block_size}")
-
-
-def check_positions(cfg: GPTConfig, idx: torch.Tensor, pos: torch.Tensor):
-    "Raise `InputError` for positions that cannot be looked up"
-    if not isinstance(pos, torch.Tensor) or pos.dtype not in WHOLE_NUMBERS:
-        given = getattr(pos, "dtype", type(pos).__name__)
-        raise InputError(f"pos is {given}, and must be a tensor of torch.int64")
-    if pos.shape not in (idx.shape, idx.shape[1:]):
-        raise InputError(f"pos has shape {tuple(pos.shape)}, and must be (B, T) or (T,) "
-                         f"for idx of {tuple(idx.shape)}")
-    check_range("positions", pos, 0, cfg.block_size - 1)
+    if end > cfg.block_size:
+        raise InputError(f"{end} tokens do not fit a block_size of {cfg.block_size}")
 
 # %% ../nbs/03_model.ipynb #6df76f49
 def check_targets(
@@ -208,8 +215,8 @@ def check_targets(
     "Raise `InputError` for targets that cannot be predicted"
     if not isinstance(idx, torch.Tensor): return # `check_input` reports it
     if targets.shape != idx.shape or targets.dtype != torch.int64:
-        raise InputError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}, and must be "
-                         f"torch.int64 of shape {tuple(idx.shape)}, as idx")
+        raise InputError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}, "
+                         f"and must be torch.int64 of shape {tuple(idx.shape)}, as idx")
     check_range("targets", targets, -1, cfg.vocab_size - 1)
 
 # %% ../nbs/03_model.ipynb #2807bc0c
@@ -228,15 +235,15 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(cfg.n_embd)
 
     def run_block(self, block, x, cache, mask): # (B, T, C) -> (B, T, C)
-        "Run one block; assign another function to a model's `run_block` to run its blocks in another way"
+        "Run one block; assign a function to `run_block` to run the blocks in another way"
         return block(x, cache, mask)
 
     def forward(
         self,
         idx: torch.Tensor, # (B, T), token ids
         caches: list[KVCache] | None = None, # one per block: `idx` continues what they hold
-        pos: torch.Tensor | None = None, # (B, T) or (T,), each token's position; None counts on from the caches
-        mask: torch.Tensor | None = None, # (B, 1, T, S) bool, S = cached + T: True where allowed; None is causal
+        pos: torch.Tensor | None = None, # (B, T) or (T,); None counts on from the caches
+        mask: torch.Tensor | None = None, # as in `CausalSelfAttention`; None is causal
     ) -> torch.Tensor: # (B, T, C), after ln_f
         "The residual stream as the head reads it"
         past = caches[0].length if caches else 0
@@ -261,7 +268,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.transformer = Transformer(cfg)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
-        if cfg.padded_vocab_size: # after the layers have drawn their numbers, which padding must not change
+        if cfg.padded_vocab_size: # now, so that padding does not change what was drawn
             self.transformer.wte.weight = nn.Parameter(torch.zeros(cfg.vocab_rows, cfg.n_embd))
             self.transformer.wte.num_embeddings = cfg.vocab_rows
             self.lm_head.out_features = cfg.vocab_rows
@@ -276,7 +283,7 @@ class GPT(nn.Module):
         pos: torch.Tensor | None = None, # see `Transformer`
         mask: torch.Tensor | None = None, # see `Transformer`
         *,
-        loss: Callable | None = None, # from (stream, head's matrix, targets, V) to the loss; no logits are returned
+        loss: Callable | None = None, # of (stream, head's matrix, targets, V); returns no logits
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]: # logits (B, T, V) and mean loss in nats
         "Predict the token after every position"
         if targets is not None: check_targets(self.cfg, idx, targets) # before a cache is written
@@ -311,7 +318,8 @@ class GPT(nn.Module):
         "Empty caches for generation"
         weight, cfg = self.lm_head.weight, self.cfg
         shape = (batch_size, cfg.n_head, max_len or cfg.block_size, cfg.n_embd // cfg.n_head)
-        return [KVCache(*shape, device=weight.device, dtype=weight.dtype) for _ in self.transformer.h]
+        where = dict(device=weight.device, dtype=weight.dtype)
+        return [KVCache(*shape, **where) for _ in self.transformer.h]
 
     def num_params(self) -> int:
         "Number of parameters; the tied embedding counts once"
@@ -322,6 +330,6 @@ def flops_per_token(
     cfg: GPTConfig, # the model's shape
     T: int, # tokens in a sequence
 ) -> int: # floating-point operations; a multiplication and an addition are two
-    "FLOPs of the matrix products in training on one token, forward and backward (PaLM's convention)"
+    "FLOPs of the matrix products for one token, forward and backward, as PaLM counts them"
     weights = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.vocab_rows * cfg.n_embd
     return 6 * weights + 12 * cfg.n_layer * cfg.n_embd * T
