@@ -23,6 +23,7 @@ def padded_logits(
 ) -> torch.Tensor: # (..., rows), minus infinity from `vocab_size` on
     "Scores of all ids, and minus infinity for the padding"
     if len(weight) == vocab_size: return F.linear(x, weight)
+
     cut = torch.zeros(len(weight), device=x.device, dtype=x.dtype)
     cut[vocab_size:] = float("-inf")
     return F.linear(x, weight, cut)
@@ -37,7 +38,7 @@ def chunk_loss(
     "Cross-entropy of a few rows, and its gradient in the place of their logits"
     p -= p.amax(-1, keepdim=True) # so that no exponential overflows
     picked = p.gather(1, targets) # (n, 1)
-    norm = p.exp_().sum(-1, keepdim=True) # (n, 1)
+    norm = p.exp_().sum(-1, keepdim=True) # (n, 1), of all exponentials
     loss = ((norm.log() - picked) * counts).sum()
     if not want_gradient: return loss, p
 
@@ -65,6 +66,7 @@ class ChunkedLoss(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         w = weight.to(dtype)
+
         counts = (targets != ignore_index)[:, None] # (N, 1)
         targets = targets.masked_fill(targets == ignore_index, 0)[:, None] # (N, 1)
         grad_x = torch.empty_like(x) if wanted[0] else None
