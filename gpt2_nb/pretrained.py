@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from .core import InputError, cache_dir, parse_json, pick_device
 from .bpe import BPE, EOT, byte_chars
-from .model import GPT, PRESETS, GPTConfig
+from .model import GPT, GPT2_SIZES, GPTConfig
 
 # %% ../nbs/05_pretrained.ipynb #ecfd3c58
 # The matrices of a block that `Conv1D` holds as (in, out) and `nn.Linear` as (out, in). The rule
@@ -267,7 +267,7 @@ def fill_model(
     return model.eval()
 
 # %% ../nbs/05_pretrained.ipynb #97068d63
-REPOS = {name: f"openai-community/{name}" for name in PRESETS}
+REPOS = {name: f"openai-community/{name}" for name in GPT2_SIZES}
 
 def find_published(
     name: str, # a key of `REPOS`
