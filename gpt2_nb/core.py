@@ -337,13 +337,14 @@ class Limit:
 def check_flags(
     values: dict, # name -> value; None stands for a flag that was not given
     limits: dict[str, Limit], # name -> what it may be
+    prefix: str = "--", # what stands before a name in a message; "" for the argument of a function
 ):
     "Raise `InputError` for the first value that is not within its limits"
     for name, limit in limits.items():
         value = values.get(name)
         if value is None or limit.allows(value): continue
-        if limit.choices: raise InputError(f"unknown --{name} {value!r}: use {', '.join(limit.choices)}")
-        raise InputError(f"--{name} is {value}, and must be {limit}")
+        if limit.choices: raise InputError(f"unknown {prefix}{name} {value!r}: use {', '.join(limit.choices)}")
+        raise InputError(f"{prefix}{name} is {value}, and must be {limit}")
 
 # %% ../nbs/00_core.ipynb #f283e6a0
 def forgiving_streams():
