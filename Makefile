@@ -5,10 +5,10 @@ SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix lab notebooks export readme clean
+.PHONY: help train test slow gpu matrix book-stats lab notebooks export readme clean
 
 help:       ## list these targets
-	@awk -F '## ' '/^[a-z]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
+	@awk -F '## ' '/^[a-z-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train GPT-2 on Shakespeare's plays in minutes on a CPU; flags of gpt2_train go in ARGS="..."
 	@$(BIN)/gpt2_train $(ARGS)
@@ -25,6 +25,9 @@ matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and to
 # needs no environment of ours: a PYTHON that is named, else that of .venv where there is one, else python3
 gpu:             ## run the tests that need a GPU, then measure training on it, in under 6 minutes
 	@$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) .ci/gpu.py $(ARGS)
+
+book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module
+	@$(BIN)/python .ci/stats.py $(ARGS)
 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs

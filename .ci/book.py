@@ -24,11 +24,12 @@ PARTS = ["nbs", "gpt2_nb", "settings.ini", "setup.py", "MANIFEST.in", "constrain
 # Notebooks whose tests call what only POSIX has; on Windows they are left out, and listed as left out.
 NEEDS_POSIX = {"10_fineweb": "its drill forks and kills the child, and a test needs the module resource",
                "13_distributed": "starts groups of processes with torchrun and gloo",
-               "19_train": "its drill forks and kills the child, and a test limits the size of files with resource"}
+               "16_checkpoint": "starts groups of processes, and a test limits the size of files with resource",
+               "19_train": "its drill forks and kills the child"}
 
 
-def notebooks() -> list[Path]:
-    return sorted(p for p in NBS.glob("*.ipynb") if not p.name.startswith((".", "_")))
+def notebooks(root: Path = ROOT) -> list[Path]:
+    return sorted(p for p in (root/"nbs").glob("*.ipynb") if not p.name.startswith((".", "_")))
 
 
 def settings(name: str) -> list[str]:
@@ -82,6 +83,14 @@ def write_readme(root: Path = ROOT):
     (root/"README.md").write_text(body, encoding="utf-8")
 
 
+def note_seconds(seconds: dict):
+    "Remember what notebooks took, for `make book-stats`"
+    file = ROOT/"runs"/"seconds.json"
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(old | seconds, indent=1), encoding="utf-8")
+
+
 # --- running ------------------------------------------------------------------------------------------------------
 
 def run_notebook(path: Path, quick: bool = False):
@@ -99,6 +108,7 @@ def run_notebook(path: Path, quick: bool = False):
     Client(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
+    note_seconds({path.stem: time.time() - start})
     print(f"{path.name}: {time.time() - start:.0f} s", flush=True)
 
 
@@ -271,6 +281,7 @@ def nbdev_test(*words: str) -> tuple[set, set]:
         for line in process.stdout:
             print("   ", line, end="", flush=True)
             if done := re.match(r"- Completed .*?([\w-]+)\.ipynb", line): ran.add(done[1])
+            if took := re.search(r"([\w-]+)\.ipynb.*?([\d.]+) s", line): note_seconds({took[1]: float(took[2])})
             in_list = in_list or "Tests Failed On" in line
             if in_list and (name := re.match(r"\s+([\w-]+)\.ipynb\s*$", line)): failed.add(name[1])
     if process.returncode and not failed: ran = set() # it broke before it could say which

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .core import InputError, Limit, check_flags, cli, pick_device
 from .bpe import BPE, split_words
 from .model import GPT
-from .pretrained import load_model
+from .folders import load_model
 
 # %% ../nbs/07_generate.ipynb #d8da15fd
 SAMPLING = dict(temperature=Limit(low=0), top_k=Limit(low=1), top_p=Limit(above=0, high=1))

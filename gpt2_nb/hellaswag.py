@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from .core import InputError, Limit, atomic_write, cache_dir, check_flags, cli, pick_device, pick_dtype
 from .bpe import BPE
-from .model import GPT, chunk_rows, logits_budget
-from .pretrained import check_ids, load_model, refuse_pointer
+from .model import GPT
+from .memory import chunk_rows, logits_budget
+from .pretrained import refuse_pointer
+from .folders import check_ids, load_model
 
 # %% ../nbs/15_hellaswag.ipynb #9791aa53
 SAMPLE = resources.files("gpt2_nb")/"hellaswag_sample.jsonl" # 20 examples of our own, for tests
