@@ -328,7 +328,7 @@ def chosen_model(model: str) -> str | Path: # for `load_model`
 @dataclass(frozen=True)
 class GenerateConfig:
     "Continue a prompt with a trained model."
-    model: str = "" # folder of a run or in Hugging Face's layout, or gpt2, gpt2-medium, -large, -xl
+    model: str = "" # a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl; empty: the repository's
     prompt: str = "" # the text to continue; empty for the start of a document
     max_new_tokens: int = 200 # add at most this many tokens
     temperature: float = 0.8 # below 1 trusts the likely tokens more; 0 always takes the likeliest
