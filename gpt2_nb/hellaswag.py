@@ -389,7 +389,7 @@ def check_out(out: str, keep: tuple[Path, ...] = ()):
 # %% ../nbs/15_hellaswag.ipynb #a80f25b8
 @cli
 def main(
-    model: str = "", # folder of a run or a Hugging Face folder, or gpt2, gpt2-medium and so on
+    model: str = "", # a folder (run or Hugging Face), or gpt2, gpt2-medium, gpt2-large, gpt2-xl
     data: str = "", # a .jsonl of examples, or sample; if not given, the data folder's or the Hub's
     limit: int = 0, # take the first `limit` examples; 0 for all
     batch_tokens: int = 0, # most tokens of a batch with padding; 0: 8,192 on a CPU, else 65,536
