@@ -24,7 +24,8 @@ PARTS = ["nbs", "gpt2_nb", "settings.ini", "setup.py", "MANIFEST.in", "constrain
 # Notebooks whose tests call what only POSIX has; on Windows they are left out, and listed as left out.
 NEEDS_POSIX = {"10_fineweb": "its drill forks and kills the child, and a test needs the module resource",
                "13_distributed": "starts groups of processes with torchrun and gloo",
-               "19_train": "its drill forks and kills the child, and a test limits the size of files with resource"}
+               "16_checkpoint": "starts groups of processes, and a test limits the size of files with resource",
+               "19_train": "its drill forks and kills the child"}
 
 
 def notebooks(root: Path = ROOT) -> list[Path]:

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from .core import InputError, Limit, atomic_write, cache_dir, check_flags, cli
 from .core import parse_json, pick_device, pick_dtype
 from .bpe import BPE
-from .model import GPT, chunk_rows, logits_budget
-from .folders import check_ids, load_model
+from .model import GPT
+from .memory import chunk_rows, logits_budget
 from .pretrained import read_text
+from .folders import check_ids, load_model
 
 # %% ../nbs/15_hellaswag.ipynb #9791aa53
 SAMPLE = resources.files("gpt2_nb")/"hellaswag_sample.jsonl" # 20 examples of our own
