@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKER', 'Dist', 'launched', 'distributed', 'Ranks', 'all_sum', 'any_rank', 'broadcast_object', 'barrier',
-           'parallelize', 'grad_sync', 'whole', 'gathered', 'clip_grad_norm']
+           'parallelize', 'grad_sync', 'full_tensor', 'gathered', 'clip_grad_norm']
 
 # %% ../nbs/13_distributed.ipynb #41f1c367
 import importlib.util
@@ -207,7 +207,7 @@ def grad_sync(
     with inner.no_sync() if isinstance(inner, DistributedDataParallel) and not on else nullcontext(): yield
 
 # %% ../nbs/13_distributed.ipynb #3f5ee4a9
-def whole(
+def full_tensor(
     x, # a tensor, sharded or not; anything else is returned as it is
 ): # an ordinary tensor
     "A tensor that ranks share, put together; every rank must call it"
@@ -231,4 +231,4 @@ def clip_grad_norm(
     dist: Dist, # who we are
 ) -> torch.Tensor: # (), on the device: the norm before clipping
     "Scale all gradients down together to a norm of at most `max_norm`; every rank must call it"
-    return whole(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
+    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
