@@ -83,13 +83,11 @@ def tokenize(
     def encode(text): return np.array(tokenizer.encode_ordinary(text), dtype=np.int32)
     start = np.array([tokenizer.eot], dtype=np.int32) # something has to predict the first token
 
-    found = {style: [] for style in styles}
-    for style in styles:
-        for example in examples:
-            context, endings, divisors = write_out(example, style)
-            ids = [encode(ending) for ending in endings]
-            lengths = divisors or [len(ending) for ending in ids]
-            found[style].append(Choice(encode(context) if context else start, ids, lengths))
+    def choice(context, endings, divisors):
+        ids = [encode(ending) for ending in endings]
+        return Choice(encode(context) if context else start, ids, divisors or [len(e) for e in ids])
+
+    found = {style: [choice(*write_out(e, style)) for e in examples] for style in styles}
     return Choices(examples, tokenizer, found)
 
 # %% ../nbs/15_hellaswag.ipynb #4bf0166c
@@ -306,8 +304,8 @@ def check_example(example, where: str, n: int = 1) -> dict: # what line `n` cont
     if wrong: raise InputError(f"{where}: {', '.join(wrong)} must be text")
 
     endings, label, ind = example["endings"], example["label"], example.get("ind")
-    if not isinstance(endings, list): raise InputError(f"{where}: endings must be a list")
-    if len(endings) != 4: raise InputError(f"{where}: {len(endings)} endings, and there must be 4")
+    if not isinstance(endings, list) or len(endings) != 4:
+        raise InputError(f"{where}: endings must be a list of 4")
     if not all(isinstance(ending, str) and harness_text(ending).strip() for ending in endings):
         raise InputError(f"{where}: an ending contains no text")
 
@@ -331,9 +329,8 @@ def find_examples(path: str | Path | None = None) -> Path: # a .jsonl, `sample`,
         rows = datasets.load_dataset(REPO, split="validation")
         lines = [json.dumps(row | dict(label=int(row["label"]))) + "\n" for row in rows]
     except Exception as e: raise InputError(
-        f"HellaSwag's validation part is not at {file}, and {REPO} could not be downloaded "
-        f"({type(e).__name__}). On a machine with a network, take hellaswag_val.jsonl from "
-        "github.com/rowanz/hellaswag and put it there") from e
+        f"HellaSwag is not at {file}, and {REPO} could not be downloaded ({type(e).__name__}): "
+        "put hellaswag_val.jsonl from github.com/rowanz/hellaswag there") from e
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file, "w") as f: f.writelines(lines)
     return file
