@@ -34,6 +34,7 @@ def param_groups(
 # %% ../nbs/12_optim.ipynb #8ef96b06
 OPTIMIZER_LIMITS = dict(learning_rate=Limit(low=0), weight_decay=Limit(low=0))
 
+
 def make_optimizer(
     model: nn.Module, # on its final device
     learning_rate: float, # of the first step; a schedule changes it later
@@ -46,7 +47,7 @@ def make_optimizer(
     groups = param_groups(model, weight_decay)
     if not groups: raise InputError("the model has no parameter that requires a gradient")
 
-    # Apple's MPS has no fused version in every torch that we support
+    # fused where this is tested; elsewhere torch chooses
     fused = all(p.device.type in ("cuda", "cpu") for g in groups for _, p in g["params"])
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
