@@ -18,7 +18,7 @@ def param_groups(
     model: nn.Module, # its parameters that do not require a gradient are left out
     weight_decay: float = 0.1, # for the weights of matrix products; all others get 0
 ) -> list[dict]: # for `torch.optim`, with the parameters' names
-    "Two groups: weights of matrix products, which decay; embeddings, biases and norms, which do not"
+    "Weights of matrix products, which decay, and embeddings, biases and norms, which do not"
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decay = []
     rest = []
@@ -39,7 +39,7 @@ def make_optimizer(
     model: nn.Module, # on its final device
     learning_rate: float, # of the first step; a schedule changes it later
     weight_decay: float = 0.1, # see `param_groups`
-    betas: tuple[float, float] = (0.9, 0.95), # memory of the average gradient and of the average square
+    betas: tuple[float, float] = (0.9, 0.95), # how long the two averages remember
     eps: float = 1e-8, # keeps the division by the root of the average square finite
 ) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2017) with GPT-3's settings, fused on CUDA and CPU"
