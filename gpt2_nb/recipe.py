@@ -25,6 +25,8 @@ from .shards import (check_largest, data_identity, find_shards, list_shards, rea
 from .documents import HUB, open_source, train_tokenizer
 from .fineweb import READY_SHARDS, prepare
 from .loader import ShardLoader, val_windows
+from .optim import SCHEDULES
+from .distributed import PARALLEL
 
 # %% ../nbs/18_recipe.ipynb #2ac97647
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ LIMITS = dict.fromkeys(AT_LEAST_1, Limit(low=1)) | dict.fromkeys(AT_LEAST_0, Lim
     beta2=Limit(low=0, below=1),
     learning_rate=Limit(above=0),
     seed=Limit(low=0, high=2**32 - 1), # numpy's
-    schedule=Limit(choices=("cosine", "linear", "wsd", "constant")),
+    schedule=Limit(choices=tuple(SCHEDULES)),
     dtype=Limit(choices=("auto", "float32", "tf32", "bfloat16")),
     attention=Limit(choices=("auto", "flash", "cudnn")),
-    parallel=Limit(choices=("ddp", "fsdp")),
+    parallel=Limit(choices=PARALLEL),
     report_to=Limit(choices=("", "tensorboard", "wandb")),
 ) # what the fields of `TrainConfig` may be
 

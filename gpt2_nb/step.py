@@ -55,7 +55,7 @@ def train_step(
         total = total + loss.detach()
 
     total = all_sum(total, dist) / dist.world_size
-    norm = clip_grad_norm(model.parameters(), grad_clip, dist)
+    norm = clip_grad_norm(model.parameters(), grad_clip)
     skipped = ~(total.isfinite() & norm.isfinite())
 
     fused = optimizer.defaults.get("fused")

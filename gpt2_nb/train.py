@@ -183,30 +183,6 @@ def open_choices(
     except InputError as e:
         raise InputError(f"{e}; to train without HellaSwag, --hellaswag_interval 0") from e
 
-# %% ../nbs/19_train.ipynb #28dc65f0
-OURS = ("config.json tokenizer.json log.jsonl best.json samples.txt loss.png ckpt data profile "
-        "tensorboard wandb").split() # what a run's folder may hold of ours
-
-
-def open_run(
-    cfg: TrainConfig,
-    dist: Dist | None = None, # None for one process on `cfg.device`
-    get_data: Callable = open_data, # from (cfg, folder, tokenizer of `init_from` or None) to `Data`
-    adapt: Callable | None = None, # (model, cfg) changes the model before the optimizer is made
-) -> Run:
-    "Begin the run in `cfg.out`, or go on with it; bad input leaves nothing behind"
-    out = Path(cfg.out or f"runs/{cfg.preset}")
-    if (out/"config.json").exists() and not cfg.resume:
-        raise InputError(f"{out} already holds a run: add --resume to go on with it, "
-                         "or give another --out")
-    dist = dist or Dist(device=pick_device(cfg.device))
-    settle(cfg, dist) # raises before a folder is made
-    try:
-        with new_folder(out, OURS) if dist.is_main else nullcontext():
-            return _assemble(cfg, out, dist, get_data, adapt)
-    except OSError as e:
-        raise InputError(f"cannot write the run to {e.filename or out}: {e.strerror or e}") from e
-
 # %% ../nbs/19_train.ipynb #d1677b16
 def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     "Find or make every part of a run"
@@ -262,6 +238,30 @@ def _write_config(cfg, out, model, resolved, data, step):
     values = dict(train=saved_config(cfg), model=asdict(model), resolved=resolved,
                   data=saved_data(data))
     with atomic_write(out/"config.json", "w") as f: json.dump(values, f, indent=1)
+
+# %% ../nbs/19_train.ipynb #28dc65f0
+OURS = ("config.json tokenizer.json log.jsonl best.json samples.txt loss.png ckpt data profile "
+        "tensorboard wandb").split() # what a run's folder may hold of ours
+
+
+def open_run(
+    cfg: TrainConfig,
+    dist: Dist | None = None, # None for one process on `cfg.device`
+    get_data: Callable = open_data, # from (cfg, folder, tokenizer of `init_from` or None) to `Data`
+    adapt: Callable | None = None, # (model, cfg) changes the model before the optimizer is made
+) -> Run:
+    "Begin the run in `cfg.out`, or go on with it; bad input leaves nothing behind"
+    out = Path(cfg.out or f"runs/{cfg.preset}")
+    if (out/"config.json").exists() and not cfg.resume:
+        raise InputError(f"{out} already holds a run: add --resume to go on with it, "
+                         "or give another --out")
+    dist = dist or Dist(device=pick_device(cfg.device))
+    settle(cfg, dist) # raises before a folder is made
+    try:
+        with new_folder(out, OURS) if dist.is_main else nullcontext():
+            return _assemble(cfg, out, dist, get_data, adapt)
+    except OSError as e:
+        raise InputError(f"cannot write the run to {e.filename or out}: {e.strerror or e}") from e
 
 # %% ../nbs/19_train.ipynb #91f5e916
 def within_documents(
