@@ -255,6 +255,19 @@ def check_torch_range():
     return [] if found == [expected] else [f"settings.ini has {found}, the matrix tests {expected}"]
 
 
+def check_style():
+    "The limits of the house style: columns, lines of a module and of a cell, a visible test for every export"
+    from stats import complaints
+    return complaints()
+
+
+def check_lint():
+    "Names that are imported or assigned and never used; `import x as x` keeps an old name importable"
+    rules = ["--select", "F401,F811,F841", "--output-format", "concise", "--no-cache"]
+    done = subprocess.run(["ruff", "check", *rules, str(LIB), str(NBS)], cwd=ROOT, capture_output=True, encoding="utf-8")
+    return [line for line in done.stdout.splitlines() if re.match(r"\S+:\d+|\S+:cell", line)] + done.stderr.splitlines()
+
+
 # --- tests --------------------------------------------------------------------------------------------------------
 
 def why_skipped(source: str, flags: set) -> str:
@@ -345,6 +358,7 @@ def check() -> int:
         "README.md is nbs/index.ipynb": check_readme, "outputs are there and clean": check_outputs,
         "modules import from lower numbers only": check_imports, "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
+        "the house style is kept": check_style, "nothing is imported or assigned in vain": check_lint,
         "a bare install imports every module": check_bare_install}))
 
 
