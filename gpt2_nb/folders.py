@@ -6,14 +6,13 @@
 __all__ = ['EXPORTED', 'EXPORT_DTYPES', 'EXPORT_LIMITS', 'without_added', 'read_tokenizer', 'checkpoints', 'read_state',
            'read_best', 'preferred_steps', 'choose_checkpoint', 'check_ids', 'merge_adapters', 'run_tensors',
            'saved_shape', 'run_of', 'load_run', 'load_model', 'save_tokenizer', 'free_folder', 'atomic_folder',
-           'is_export', 'export_tensors', 'save_pretrained', 'main']
+           'is_export', 'export_tensors', 'save_safetensors', 'save_pretrained', 'main']
 
 # %% ../nbs/06_folders.ipynb #b055bddc
 import json
 import os
 import shutil
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -330,6 +329,17 @@ def export_tensors(
             raise InputError(f"{name} holds a number too large for {dtype}: use bfloat16 or float32")
     return tensors
 
+# %% ../nbs/06_folders.ipynb #0219a3fd
+def save_safetensors(
+    tensors: dict[str, torch.Tensor],
+    file: Path,
+):
+    "Write tensors into a file with the permissions that the user's new files have"
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
 # %% ../nbs/06_folders.ipynb #09a79aeb
 def save_pretrained(
     model: GPT,
@@ -346,8 +356,7 @@ def save_pretrained(
 
     try:
         with atomic_folder(path, may_replace=is_export) as folder:
-            # `transformers` refuses a file whose metadata lack the format
-            save_file(tensors, folder/"model.safetensors", metadata={"format": "pt"})
+            save_safetensors(tensors, folder/"model.safetensors")
             for name, data in files.items():
                 with atomic_write(folder/name, "w") as f: json.dump(data, f, indent=1)
             if tokenizer: save_tokenizer(tokenizer, folder, model.cfg.block_size)

@@ -10,7 +10,6 @@ __all__ = ['TRANSPOSED', 'POINTER', 'GPT2_CONFIG', 'SIZES', 'DROPOUTS', 'WEIGHTS
            'read_vocab_and_merges']
 
 # %% ../nbs/05_pretrained.ipynb #39a5fadc
-import json
 import os
 import pickle
 from contextlib import contextmanager
