@@ -48,7 +48,7 @@ class GPTConfig:
 SHAPE_LIMITS = dict(
     vocab_size=Limit(low=1),
     block_size=Limit(low=1),
-    n_layer=Limit(low=1, high=2**12), # even without weights, each block takes time to make
+    n_layer=Limit(low=1),
     n_head=Limit(low=1),
     n_embd=Limit(low=1),
     dropout=Limit(low=0, below=1),
@@ -73,6 +73,8 @@ def check_shape(cfg: GPTConfig):
         raise InputError(f"padded_vocab_size ({cfg.padded_vocab_size}) is below "
                          f"vocab_size ({cfg.vocab_size})")
 
+    if cfg.n_layer > 2**12: # even without weights, each block takes time to make
+        raise InputError(f"n_layer is {cfg.n_layer}, and must be at most {2**12}")
     if cfg.n_params > 2**40: # 4 TiB in fp32, more than one machine holds
         raise InputError("a model of this shape has too many parameters: "
                          f"at most {2**40:.1e} are allowed")
