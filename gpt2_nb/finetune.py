@@ -14,7 +14,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from .pretrained import REPOS, find_pretrained, gpt_config, read_json
 from .folders import read_tokenizer, run_of, saved_shape
 from .shards import find_shards, list_shards, read_shard
 from .documents import train_val_parts
-from .loader import shuffled
+from .loader import GlobalOrder, shuffled
 from .distributed import Dist, launched
 from .train import (
     FIXED, LIMITS, Data, TrainConfig, check_config, finish, open_data, resume_config, train)
@@ -146,7 +146,7 @@ def fill_windows(
     return x, y
 
 # %% ../nbs/21_finetune.ipynb #28eb5976
-class WindowLoader:
+class WindowLoader(GlobalOrder):
     "Endless batches of ready windows in one global order, like those of `ShardLoader`"
     def __init__(
         self,
@@ -156,30 +156,16 @@ class WindowLoader:
         dist: Dist = Dist(), # which of the processes this is
         seed: int = 0, # of the order
     ):
+        super().__init__(partial(shuffled, len(x), seed)) # epoch -> order
         self.x, self.y = x, y
         self.batch_size, self.dist = batch_size, dist
-        self.order = lru_cache(maxsize=1)(lambda epoch: shuffled(len(x), seed, epoch))
-        self.taken = 0 # windows that all ranks together have taken, over all epochs
 
     def __iter__(self): return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]: # (B, T) each, on the rank's device
         "Inputs and targets of this rank"
-        n = len(self.x)
-        first = self.taken + self.dist.rank * self.batch_size
-        mine = [self.order(i // n)[i % n] for i in range(first, first + self.batch_size)]
-        self.taken += self.dist.world_size * self.batch_size
+        mine = torch.from_numpy(self.take(self.batch_size, self.dist.rank, self.dist.world_size))
         return self.x[mine].to(self.dist.device), self.y[mine].to(self.dist.device)
-
-    def state_dict(self) -> dict:
-        epoch, position = divmod(self.taken, len(self.x))
-        return dict(epoch=epoch, position=position)
-
-    def load_state_dict(self, state: dict):
-        "Continue from a state, which may come from another number of ranks"
-        epoch, position, n = state["epoch"], state["position"], len(self.x)
-        if position > n: raise InputError(f"position {position} of {n} windows: other data")
-        self.taken = epoch * n + position
 
 # %% ../nbs/21_finetune.ipynb #7f108df0
 @dataclass(frozen=True)
