@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['names_of', 'state_tensors', 'random_state', 'save_tensors', 'shapes_in', 'load_tensors', 'make_room', 'publish',
-           'remove_old', 'first_cause', 'save_checkpoint', 'latest_checkpoint', 'check_fit', 'load_checkpoint']
+           'remove_old', 'first_cause', 'save_checkpoint', 'latest_checkpoint', 'check_fit', 'load_checkpoint',
+           'hold_folder']
 
 # %% ../nbs/16_checkpoint.ipynb #a689b67e
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .core import InputError, atomic_write, posix_path, sha256
+from .core import InputError, atomic_write, lock_folder, new_folder, posix_path, sha256
 from .model import GPT
 from .folders import checkpoints, read_best, read_state
 from .loader import ShardLoader
@@ -234,3 +236,18 @@ def load_checkpoint(
         if name.endswith("cuda"): torch.cuda.set_rng_state(t)
         else: torch.set_rng_state(t)
     return state["step"]
+
+# %% ../nbs/16_checkpoint.ipynb #f13d4367
+@contextmanager
+def hold_folder(
+    out: Path, # of the run; made if it is missing
+    dist: Dist, # every rank must enter
+):
+    "Keep other runs out of a run's folder for as long as one of this run's ranks lives"
+    with ExitStack() as stack:
+        if dist.is_main:
+            stack.enter_context(new_folder(out, ()))
+            stack.enter_context(lock_folder(out, share=True))
+        barrier(dist)
+        if not dist.is_main and out.is_dir(): stack.enter_context(lock_folder(out, join=True))
+        yield
