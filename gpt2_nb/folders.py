@@ -35,7 +35,7 @@ def without_added(
     file: Path, # for messages
 ) -> dict: # the same without special tokens after `<|endoftext|>`
     "Leave out the tokens that others added; `InputError` for those that text can contain"
-    problem = f"{file} is no tokenizer of GPT-2's kind"
+    problem = f"{file} is not a tokenizer of GPT-2's kind"
     try:
         added, model = data["added_tokens"], data["model"]
         ends = [token for token in added if token["content"] == EOT]
@@ -57,13 +57,7 @@ def read_tokenizer(
 ) -> BPE:
     "The tokenizer of a model's folder"
     file = folder/"tokenizer.json"
-    if file.is_file():
-        with tempfile.TemporaryDirectory() as place: # `BPE.load` takes a file
-            plain = Path(place)/file.name
-            plain.write_text(json.dumps(without_added(read_json(file), file)), encoding="utf-8")
-            try: return BPE.load(plain)
-            except InputError as e: raise InputError(str(e).replace(str(plain), str(file))) from e
-
+    if file.is_file(): return BPE.from_json(without_added(read_json(file), file), file)
     if (folder/"vocab.json").is_file() and (folder/"merges.txt").is_file():
         return read_vocab_and_merges(folder)
     raise InputError(f"{folder} holds no tokenizer: looked for tokenizer.json and vocab.json")

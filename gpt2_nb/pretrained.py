@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from .core import InputError, cache_dir, parse_json, pick_device
-from .bpe import BPE, EOT, byte_chars
+from .bpe import BPE, EOT, tokenizer_errors
 from .model import GPT, GPT2_SIZES, GPTConfig
 
 # %% ../nbs/05_pretrained.ipynb #ecfd3c58
@@ -317,15 +317,8 @@ def read_vocab_and_merges(
     folder: Path, # with vocab.json and merges.txt
 ) -> BPE:
     "The tokenizer in the two files in which OpenAI published GPT-2's; `InputError` for another kind"
-    ids, byte_of = read_json(folder/"vocab.json"), {c: b for b, c in enumerate(byte_chars())}
+    vocab = read_json(folder/"vocab.json")
     merges = read_text(folder/"merges.txt").split("\n")[1:] # the first line is a version
-    try:
-        made = [ids[merge.replace(" ", "")] for merge in merges if merge]
-        tokens = sorted(ids, key=ids.get)
-        complete = sorted(ids.values()) == list(range(len(ids)))
-        if made != sorted(made) or not complete or tokens[-1:] != [EOT]:
-            raise InputError("its ids are in another order")
-        return BPE([bytes([byte_of[c] for c in token]) for token in tokens[:-1]])
-    except (InputError, KeyError, TypeError, ValueError) as e:
-        problem = f"{folder} holds no tokenizer of GPT-2's kind"
-        raise InputError(f"{problem}: {type(e).__name__}: {e}") from e
+    with tokenizer_errors(folder):
+        vocab[EOT] # without it, the last id would have to be guessed
+        return BPE.from_vocab(vocab, [merge for merge in merges if merge])

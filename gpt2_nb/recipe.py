@@ -292,7 +292,6 @@ def open_data(
                          f"--block_size {cfg.block_size} needs {cfg.block_size + 1}")
 
     ids = val_ids(cfg, folder, tokenizer)
-    bytes_of = np.asarray(tokenizer.token_bytes())
     def loader(batch_size, dist, seed):
         return ShardLoader(files, batch_size, cfg.block_size, dist.rank, dist.world_size, seed,
                            device=dist.device, n_vocab=tokenizer.n_vocab)
@@ -302,7 +301,7 @@ def open_data(
         tokens=sum(lengths),
         loader=loader,
         val=partial(val_windows, ids, cfg.block_size),
-        val_bytes=int(bytes_of[ids[1:].astype(np.int64)].sum()), # the first id is no target
+        val_bytes=tokenizer.count_bytes(ids[1:]), # the first id is no target
         identity=data_identity(folder),
         validation=hashlib.sha256(ids.tobytes()).hexdigest(),
         folder=folder)

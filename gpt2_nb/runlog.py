@@ -44,7 +44,7 @@ def json_line(
 def read_log(
     path: Path, # a log.jsonl
 ) -> list[dict]:
-    "The lines of a log, without a last line that was cut off, and without damaged ones, which are named"
+    "The lines of a log; one that was cut off is left out, a damaged one is left out and named"
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -127,16 +127,19 @@ def changes(
     step: int = 0, # optimizer steps done
 ) -> str: # one line; empty where nothing has changed
     "What differs from the last time that the run was opened: settings, choices, versions, hardware"
-    before = [flat_opening(line) for line in (read_log(log) if log.exists() else []) if "config" in line]
+    lines = read_log(log) if log.exists() else []
+    before = [flat_opening(line) for line in lines if "config" in line]
     if not before: return ""
     old, new = before[-1], flat_opening(opening)
-    if old["device"] == "auto": old = old | dict(device=new["device"]) # from before it was written down
-    found = [f"{name} {old[name]} to {new[name]}" for name in new if name in old and old[name] != new[name]]
+    if old["device"] == "auto": old["device"] = new["device"] # older versions did not write it down
+    differ = [name for name in new if name in old and old[name] != new[name]]
+    found = [f"{name} {old[name]} to {new[name]}" for name in differ]
 
     if "schedule" in old:
         names = "max_iters learning_rate warmup_iters min_lr schedule".split()
         was, now = (lr_at(step, *(values.get(name) for name in names)) for values in (old, new))
-        if not math.isclose(was, now): found.append(f"so the learning rate jumps from {was:.3g} to {now:.3g}")
+        if not math.isclose(was, now):
+            found.append(f"so the learning rate jumps from {was:.3g} to {now:.3g}")
     return "changed since the last start: " + ", ".join(found) if found else ""
 
 # %% ../nbs/17_runlog.ipynb #1fd266a3
@@ -155,7 +158,8 @@ class Meter:
         self.utilisation = utilisation
         self.estimated = not progress # whether the time to go was printed
         self.streak = 0 # steps in a row that were skipped
-        self.bar = tqdm(total=last, initial=first, disable=not progress, dynamic_ncols=True, unit="step")
+        show = dict(disable=not progress, dynamic_ncols=True, unit="step")
+        self.bar = tqdm(total=last, initial=first, **show)
         self.reset()
 
     def reset(self):
@@ -179,7 +183,7 @@ class Meter:
         val: dict, # the last validation, or empty
         logged: bool, # whether this step has a line in the log
     ) -> int: # steps in a row that were skipped
-        "Wait for the device, then log the steps since the last reading: those skipped, and this one"
+        "Wait for the device, then log the steps since the last reading"
         rows = torch.stack(self.pending).tolist() # waits for the device
         rate = len(rows) * self.tokens / (time.perf_counter() - self.begin)
         for number, (loss, norm, skipped) in enumerate(rows, step - len(rows) + 1):
@@ -201,8 +205,8 @@ class Meter:
             self.estimated = True
             seconds = (self.last - step) * self.tokens / rate
             if seconds > 20:
-                self.bar.write(f"time     about {seconds / 60:.1f} minutes at {rate:,.0f} tokens/s, "
-                               "plus evaluation")
+                self.bar.write(f"time     about {seconds / 60:.1f} minutes at {rate:,.0f} "
+                               "tokens/s, plus evaluation")
         validation = f", val {val['loss']:.3f}" if val else ""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{validation}")
         self.bar.update(step - self.bar.n)

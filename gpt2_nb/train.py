@@ -98,7 +98,7 @@ def settle(
     choose_attention(dist.device, cfg.attention)
     return cfg, micro, accumulate
 
-
+# %% ../nbs/19_train.ipynb #4a5b80a1
 def resolve(
     cfg: TrainConfig, # as `settle` gives it
     model: GPTConfig,
@@ -127,7 +127,7 @@ def check_identity(
         raise InputError(f"{tokenizer} is not the tokenizer of this run: remove it, "
                          "or give another --out")
 
-
+# %% ../nbs/19_train.ipynb #cee9ad31
 def shared_data(
     cfg: TrainConfig,
     out: Path, # folder of the run
@@ -144,7 +144,7 @@ def shared_data(
     tokens = broadcast_object(data and data.tokenizer.tokens, dist) # the others wait here
     return data or get_data(cfg, out, BPE(tokens))
 
-
+# %% ../nbs/19_train.ipynb #e99c56d6
 def saved_data(
     data: Data,
 ) -> dict:
@@ -207,7 +207,7 @@ def open_run(
     except OSError as e:
         raise InputError(f"cannot write the run to {e.filename or out}: {e.strerror or e}") from e
 
-
+# %% ../nbs/19_train.ipynb #d1677b16
 def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     "Find or make every part of a run"
     asked, (cfg, micro, accumulate) = cfg.dtype, settle(cfg, dist)
@@ -244,7 +244,7 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     return Run(cfg, out, dist, model, step_model, optimizer, loader, accumulate, data, log, step,
                choices, resolved, good={step} if found else set(), note=changed or note)
 
-
+# %% ../nbs/19_train.ipynb #9d90ab98
 def _open_log(cfg, out, dist, step, report, resolved) -> tuple[RunLog, str]:
     "The log with its first line of this time, and what has changed since the last time"
     goes_on = (out/"log.jsonl").exists() and step > 0
@@ -272,7 +272,7 @@ def within_documents(
     eot = run.data.tokenizer.eot
     return lambda x: dict(mask=document_mask(x, eot), pos=document_positions(x, eot))
 
-
+# %% ../nbs/19_train.ipynb #f0eb1fc4
 def best_loss(
     run: Run,
 ) -> float:
@@ -280,7 +280,7 @@ def best_loss(
     best = read_best(run.out)
     return best["loss"] if best["validation"] == run.data.validation else math.inf
 
-
+# %% ../nbs/19_train.ipynb #496fa90a
 def validate(
     run: Run,
 ) -> dict: # loss (nats per token), bits_per_byte, tokens
@@ -369,7 +369,7 @@ def check_skips(
                      f"is not finite; {kept}; a lower --learning_rate or a longer --warmup_iters "
                      "may help")
 
-
+# %% ../nbs/19_train.ipynb #3e9e337d
 def out_of_patience(
     run: Run,
 ) -> bool:
@@ -378,7 +378,7 @@ def out_of_patience(
     step = broadcast_object(read_best(run.out)["step"], run.dist) # the first rank wrote it
     return step is not None and run.step - step >= run.cfg.patience * run.cfg.eval_interval
 
-
+# %% ../nbs/19_train.ipynb #0a20172a
 @contextmanager
 def out_of_memory_advice(
     cfg: TrainConfig,
