@@ -136,8 +136,7 @@ def choose_checkpoint(
     best, newest, why = read_best(run), max(saved), "the newest that is intact"
     if step == best["step"]: why = f"the best, with a validation loss of {best['loss']:.3f}"
     if step != newest:
-        print(f"{run}: checkpoint {step}, {why}; the newest is {newest} (--checkpoint last)",
-              file=sys.stderr)
+        print(f"{run}: checkpoint {step}, {why}; the newest is {newest} (--checkpoint last)", file=sys.stderr)
     return saved[step]
 
 # %% ../nbs/06_folders.ipynb #4552b6a7
