@@ -5,7 +5,7 @@ SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix book-stats lab notebooks export readme clean
+.PHONY: help train test slow gpu matrix model book-stats lab notebooks export readme clean
 
 help:       ## list these targets
 	@awk -F '## ' '/^[a-z-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,13 @@ matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and to
 # needs no environment of ours: a PYTHON that is named, else that of .venv where there is one, else python3
 gpu:             ## run the tests that need a GPU, then measure training on it, in under 6 minutes
 	@$(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard $(BIN)/python) $(PYTHON)),$(PYTHON)) .ci/gpu.py $(ARGS)
+
+model: $(READY)  ## train the small model that the chapters use, in about 20 minutes on two cores
+	$(BIN)/gpt2_train --out runs/plays --vocab_size 2048 --n_layer 4 --n_head 4 --n_embd 256 --block_size 128 \
+	  --learning_rate 2e-3 --max_iters 4000 --eval_interval 500 --save_interval 1000 --seed 1337 $(ARGS)
+	rm -f nbs/models/plays/*.json nbs/models/plays/merges.txt nbs/models/plays/model.safetensors
+	$(BIN)/gpt2_export --model runs/plays --out nbs/models/plays --dtype float16
+	cp runs/plays/log.jsonl nbs/runs/plays.jsonl
 
 book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module
 	@$(BIN)/python .ci/stats.py $(ARGS)

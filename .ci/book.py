@@ -24,7 +24,8 @@ PARTS = ["nbs", "gpt2_nb", "settings.ini", "setup.py", "MANIFEST.in", "constrain
 # Notebooks whose tests call what only POSIX has; on Windows they are left out, and listed as left out.
 NEEDS_POSIX = {"10_fineweb": "its drill forks and kills the child, and a test needs the module resource",
                "13_distributed": "starts groups of processes with torchrun and gloo",
-               "19_train": "its drill forks and kills the child, and a test limits the size of files with resource"}
+               "16_checkpoint": "starts groups of processes, and a test limits the size of files with resource",
+               "19_train": "its drill forks and kills the child"}
 
 
 def notebooks(root: Path = ROOT) -> list[Path]:
@@ -254,6 +255,22 @@ def check_torch_range():
     return [] if found == [expected] else [f"settings.ini has {found}, the matrix tests {expected}"]
 
 
+def check_style():
+    "The limits of the house style: columns, lines of a module and of a cell, a visible test for every export"
+    from stats import complaints
+    return complaints()
+
+
+def check_lint():
+    "Names that are imported or assigned and never used; `import x as x` keeps an old name importable"
+    found = []
+    for folder, rules in ((LIB, "F401,F811,F841"), (NBS, "F401")): # a chapter defines a name again and again, better each time
+        words = ["ruff", "check", "--no-cache", "--output-format", "concise", "--select", rules, str(folder)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8")
+        found += [line for line in done.stdout.splitlines() if re.match(r"\S+:(\d+|cell)", line)] + done.stderr.splitlines()
+    return found
+
+
 # --- tests --------------------------------------------------------------------------------------------------------
 
 def why_skipped(source: str, flags: set) -> str:
@@ -344,6 +361,7 @@ def check() -> int:
         "README.md is nbs/index.ipynb": check_readme, "outputs are there and clean": check_outputs,
         "modules import from lower numbers only": check_imports, "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
+        "the house style is kept": check_style, "nothing is imported or assigned in vain": check_lint,
         "a bare install imports every module": check_bare_install}))
 
 
