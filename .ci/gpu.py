@@ -128,8 +128,8 @@ def describe(commit: str) -> dict:
         import fastcore.test, matplotlib, torch
         from gpt2_nb import train
         from gpt2_nb.bpe import load_tokenizer
-        from gpt2_nb.fineweb import plays
-        plays(), load_tokenizer("gpt2")
+        from gpt2_nb.documents import documents
+        documents("shakespeare"), load_tokenizer("gpt2")
     except ImportError as e:
         sys.exit(f"make gpu needs the module {e.name}, and this Python {platform.python_version()} has none ({e}); "
                  "put it on PYTHONPATH, or name another Python: make gpu PYTHON=...")
