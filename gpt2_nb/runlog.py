@@ -31,7 +31,7 @@ from .optim import lr_at
 def json_line(
     values: dict,
 ) -> str:
-    "One line of JSON; a number that is not finite, for which JSON has no word, becomes null"
+    "One line of JSON; numbers that are not finite, which JSON cannot express, become null"
     def valid(v):
         if isinstance(v, float): return v if math.isfinite(v) else None
         if isinstance(v, dict): return {key: valid(value) for key, value in v.items()}
@@ -44,7 +44,7 @@ def json_line(
 def read_log(
     path: Path, # a log.jsonl
 ) -> list[dict]:
-    "The lines of a log; one that was cut off is left out, a damaged one is left out and named"
+    "The lines of a log; a line that was cut off is left out, a damaged one is also reported"
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -57,12 +57,12 @@ def read_log(
 
 # %% ../nbs/17_runlog.ipynb #7965128f
 class RunLog:
-    "Appends to `log.jsonl`: JSON objects with a `kind` and, but for the first, a `step`"
+    "Appends to `log.jsonl`: JSON objects with a `kind` and, except for the first, a `step`"
     def __init__(
         self,
-        path: Path | None, # None, as on all ranks but the first, for no log
-        step: int = 0, # step of the checkpoint to go on from; what came later is dropped
-        report: Callable | None = None, # called with each line, too
+        path: Path | None, # None for no log, as on all ranks but the first
+        step: int = 0, # step of the checkpoint to resume from; later lines are dropped
+        report: Callable | None = None, # also called with each line
     ):
         self.file = None
         self.report = report
@@ -72,7 +72,7 @@ class RunLog:
 
     @staticmethod
     def drop_lines_after(path, step):
-        def comes_again(line): # it follows the checkpoint of its step
+        def comes_again(line): # it is written after its step's checkpoint
             return line["kind"] in ("val", "hellaswag", "sample") and line["step"] == step
 
         lines = read_log(path)
@@ -83,12 +83,12 @@ class RunLog:
     def __call__(self, kind: str, **values):
         if self.file is None: return
         self.file.write(json_line({"kind": kind, **values}))
-        self.file.flush() # a line that was written survives a kill
+        self.file.flush() # so that the line survives a kill
         if self.report: self.report({"kind": kind, **values})
 
 # %% ../nbs/17_runlog.ipynb #6ccc795a
 def git_commit() -> str | None:
-    "The commit of this package's code; None where there is no git"
+    "The commit of this package's code; None if there is no git"
     if not shutil.which("git"): return None
     in_module = "__file__" in globals() # a notebook has no file
     folder = Path(__file__).parent if in_module else Path.cwd()
@@ -98,10 +98,10 @@ def git_commit() -> str | None:
 
 # %% ../nbs/17_runlog.ipynb #edaa69b8
 def environment(
-    device: torch.device, # on which the run computes
+    device: torch.device, # that the run computes on
 ) -> dict:
     "Commit, versions and hardware of this process, for the first line of the log"
-    isa = torch.backends.cpu.get_cpu_capability() # of the kernels in use, such as AVX2
+    isa = torch.backends.cpu.get_cpu_capability() # instruction set of the kernels, such as AVX2
     cuda = device.type == "cuda"
     return dict(
         git_commit=git_commit(),
@@ -113,7 +113,7 @@ def environment(
 
 # %% ../nbs/17_runlog.ipynb #a97f264e
 def flat_opening(
-    line: dict, # the first line of a run, or of one that goes on
+    line: dict, # the opening of a run or of a resumed run
 ) -> dict: # name -> value
     "Settings, automatic choices, versions and hardware in one dict"
     values = line.get("config", {}) | line.get("resolved", {}) | line.get("versions", {})
@@ -122,16 +122,16 @@ def flat_opening(
 
 
 def changes(
-    log: Path, # of the run, before it goes on
-    opening: dict, # what the log will say of this time
+    log: Path, # of the run, before it resumes
+    opening: dict, # the opening that is about to be written
     step: int = 0, # optimizer steps done
-) -> str: # one line; empty where nothing has changed
-    "What differs from the last time that the run was opened: settings, choices, versions, hardware"
+) -> str: # one line; empty if nothing has changed
+    "What has changed since the run was last opened: settings, choices, versions, hardware"
     lines = read_log(log) if log.exists() else []
     before = [flat_opening(line) for line in lines if "config" in line]
     if not before: return ""
     old, new = before[-1], flat_opening(opening)
-    if old["device"] == "auto": old["device"] = new["device"] # older versions did not write it down
+    if old["device"] == "auto": old["device"] = new["device"] # older versions did not record it
     differ = [name for name in new if name in old and old[name] != new[name]]
     found = [f"{name} {old[name]} to {new[name]}" for name in differ]
 
@@ -144,11 +144,11 @@ def changes(
 
 # %% ../nbs/17_runlog.ipynb #1fd266a3
 class Meter:
-    "Collects what steps leave on the device, and reads it for the log and the progress bar"
+    "Collects the results of steps on the device, and reads them for the log and the progress bar"
     def __init__(
         self,
         log: RunLog,
-        first: int, # steps that were done before
+        first: int, # steps done before
         last: int, # the step at which the run will end
         tokens: int, # in a step
         utilisation: Callable | None = None, # from tokens/s to the MFU, or to None
@@ -156,7 +156,7 @@ class Meter:
     ):
         self.log, self.first, self.last, self.tokens = log, first, last, tokens
         self.utilisation = utilisation
-        self.estimated = not progress # whether the time to go was printed
+        self.estimated = not progress # whether the remaining time was printed
         self.streak = 0 # steps in a row that were skipped
         show = dict(disable=not progress, dynamic_ncols=True, unit="step")
         self.bar = tqdm(total=last, initial=first, **show)
@@ -167,7 +167,7 @@ class Meter:
 
     @contextmanager
     def waiting(self):
-        "Time spent on waiting for data"
+        "Measure the time spent waiting for data"
         start = time.perf_counter()
         if self.begin is None: self.begin = start # validation and saving are not counted
         yield
@@ -231,7 +231,7 @@ def plot_run(
     title = "Training"
     if val:
         ax.plot(*losses(val), "o-", ms=4, label="validation")
-        title = (f"Validation: {val[-1]['loss']:.3f} nats a token, "
+        title = (f"Validation: {val[-1]['loss']:.3f} nats per token, "
                  f"{val[-1]['bits_per_byte']:.3f} bits per byte")
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     ax.legend()
@@ -248,7 +248,7 @@ def is_finished(
 
 # %% ../nbs/17_runlog.ipynb #d1a155f6
 def watch_run(
-    out: Path, # folder of a run, which may still have to begin
+    out: Path, # folder of a run, which may not have begun yet
     every: float = 1.0, # seconds between two drawings
     patience: float = 120.0, # seconds without a new line after which the run is given up
 ):
@@ -285,7 +285,7 @@ def reporter(
     out: Path, # folder of the run
     config: dict, # for wandb
 ) -> Callable | None: # takes a line of the log
-    "What sends figures of the log elsewhere; `InputError` where that is not installed"
+    "A function that sends the log's figures elsewhere; `InputError` if the tool is not installed"
     if not name: return None
     if name not in ("tensorboard", "wandb"):
         raise InputError(f"unknown --report_to {name!r}: use tensorboard or wandb")
@@ -314,7 +314,7 @@ class Profile:
         self,
         folder: Path,
         n: int, # steps; 0 for no profile
-        skip: int = 3, # steps before them
+        skip: int = 3, # steps before them that are not recorded
     ):
         self.folder = folder
         self.last = skip + n

@@ -25,7 +25,7 @@ def target_shares(
     batches: list, # of (x, y), each (B, T); a target of -1 does not count
     dist: Dist, # the ranks whose gradients are averaged
 ) -> torch.Tensor: # (micro-batches,)
-    "What part of a step's targets each micro-batch has, times the number of ranks"
+    "Each micro-batch's share of the step's targets, times the number of ranks"
     counts = torch.stack([(y != -1).sum() for _, y in batches])
     total = all_sum(counts.sum(), dist).clamp(min=1)
     return counts * dist.world_size / total # times the ranks, as their gradients are averaged
@@ -39,16 +39,16 @@ def train_step(
     grad_clip: float = 1.0, # largest norm of the gradient; 0 for no limit
     autocast=nullcontext, # makes the context of the forward pass
     dist: Dist = Dist(), # the other ranks; losses and gradients are averaged over them
-    extra: Callable | None = None, # from x to further arguments of the model, as `mask` and `pos`
+    extra: Callable | None = None, # from x to further arguments of the model, such as `mask`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean loss, norm before clipping, skipped
-    "One optimizer step: accumulate, average, clip, update. Nothing in it waits for the device"
+    "One step: accumulate, average, clip, update; with a fused optimizer it never waits"
     for group in optimizer.param_groups: group["lr"] = lr
     shares = target_shares(batches, dist)
     total = 0.0
 
     for i, (x, y) in enumerate(batches):
         more = extra(x) if extra else {}
-        with grad_sync(model, i == len(batches) - 1): # averages over ranks with the last piece
+        with grad_sync(model, i == len(batches) - 1): # averages after the last piece
             with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **more)
             loss = loss * shares[i]
             loss.backward()
@@ -60,7 +60,7 @@ def train_step(
 
     fused = optimizer.defaults.get("fused")
     if fused: optimizer.found_inf = skipped.float()
-    if fused or not skipped: optimizer.step() # an optimizer that is not fused has to be waited for
+    if fused or not skipped: optimizer.step() # if it is not fused, we have to wait
     optimizer.zero_grad(set_to_none=True)
     return total, norm, skipped
 
@@ -69,7 +69,7 @@ def dtype_name(
     device: torch.device,
     name: str = "auto", # auto, float32, tf32 or bfloat16
 ) -> str: # float32, tf32 or bfloat16
-    "What `name` means on `device`; a run writes this down and keeps its precision when it moves"
+    "What `name` means on `device`; a run records this and keeps it on any machine"
     if name == "tf32": return name
     return str(pick_dtype(device, name)).removeprefix("torch.")
 
@@ -78,7 +78,7 @@ def precision(
     device: torch.device,
     name: str = "auto", # auto, float32, tf32 or bfloat16
 ) -> Callable: # makes a context for the forward pass
-    "How matrices are multiplied; on CUDA it also sets PyTorch's flag for products in fp32"
+    "Choose how matrices are multiplied; on CUDA this also sets PyTorch's flag for products in fp32"
     name = dtype_name(device, name)
     if name == "tf32" and device.type != "cuda":
         raise InputError(f"dtype tf32 is there on CUDA only, and the device is {device}")
@@ -92,8 +92,8 @@ def precision(
 def bf16_hint(
     device: torch.device,
     n_params: int, # of the model
-) -> str: # empty where there is nothing to say
-    "A line of advice for a run that was left to choose its precision and got fp32"
+) -> str: # empty if there is nothing to say
+    "A line of advice for a run whose automatic precision is fp32"
     if device.type == "cuda" and not has_fast_bf16(device):
         return "this GPU has no bf16, so training is in float32; float16 is not supported"
     if device.type != "cpu" or n_params < 10_000_000 or not has_fast_bf16(device): return ""
@@ -105,7 +105,7 @@ def choose_attention(
     device: torch.device,
     name: str = "auto", # auto, flash or cudnn
 ):
-    "Allow PyTorch the fast attention that is named, on CUDA; elsewhere only the name is checked"
+    "Allow only the named fast attention on CUDA; elsewhere the name is checked and nothing is set"
     if name not in ("auto", "flash", "cudnn"):
         raise InputError(f"unknown --attention {name!r}: use auto, flash or cudnn")
     if device.type != "cuda": return
@@ -134,7 +134,7 @@ def attention_kernel(
 @torch.no_grad()
 def evaluate_loss(
     model: GPT,
-    batches: Iterable, # of (x, y), each (B, T), on every rank the same; -1 does not count
+    batches: Iterable, # of (x, y), each (B, T), the same on every rank; -1 does not count
     autocast=nullcontext, # makes the context of the forward pass
     dist: Dist = Dist(), # the ranks that share the work
     extra: Callable | None = None, # from x to further arguments of the model
@@ -166,14 +166,14 @@ def evaluate_loss(
 # %% ../nbs/14_step.ipynb #309094af
 def bits_per_byte(
     loss: float, # mean, in nats per token
-    n_tokens: int, # over which the mean was taken
-    n_bytes: int, # of the text that these tokens stand for
+    n_tokens: int, # that the mean was taken over
+    n_bytes: int, # in the text that these tokens encode
 ) -> float:
     "Convert a loss per token into bits per byte of text, the figure that compares tokenizers"
     return loss * n_tokens / math.log(2) / n_bytes
 
 # %% ../nbs/14_step.ipynb #713c4a3c
-PEAK_FLOPS = { # bf16, dense, from the makers' data sheets; the first name that fits counts
+PEAK_FLOPS = { # bf16, dense, from the data sheets; the first name found in the device's counts
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
     "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
@@ -184,8 +184,8 @@ def mfu(
     T: int, # tokens of a sequence
     dist: Dist,
     device_name: str | None = None, # None asks the device
-) -> float | None: # 0 to 1; None where the peak is not known
-    "The part of the devices' peak that goes into the model's matrix products"
+) -> float | None: # 0 to 1; None if the peak is not known
+    "The fraction of the devices' peak that goes into the model's matrix products"
     if device_name is None and dist.device.type == "cuda":
         device_name = torch.cuda.get_device_name(dist.device)
     for name, peak in PEAK_FLOPS.items():
