@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from .core import InputError, Limit, check_flags, cli, parse_json
+from .core import InputError, Limit, check_flags, choices_of, cli, parse_json
 from .bpe import BPE, load_tokenizer
 from .model import GPTConfig
 from .pretrained import REPOS, find_pretrained, gpt_config, read_json
@@ -175,7 +176,7 @@ class FinetuneConfig(TrainConfig):
     data: str = "" # examples (.jsonl: prompt and completion, or messages), a text, or a folder
     val_data: str = "" # for examples: those to validate on; if not given, a part of --data
     val_fraction: float = 0.1 # that part, drawn from all lines
-    long: str = "skip" # what to do with examples longer than the window: skip or cut
+    long: Literal["skip", "cut"] = "skip" # what to do with examples longer than the window
     epochs: float = 3.0 # times that each example is seen, unless --max_iters is given
     lora_r: int = 0 # rank of adapters to train in place of the weights; 0 trains all weights
     lora_alpha: float = 16.0 # adapters are scaled by alpha / r
@@ -215,7 +216,7 @@ FINETUNE_LIMITS = LIMITS | dict.fromkeys(SHAPE_FIELDS + FILLED_IN, Limit(low=0))
     epochs=Limit(above=0),
     lora_r=Limit(low=0),
     lora_alpha=Limit(above=0),
-    long=Limit(choices=("skip", "cut")),
+    **choices_of(FinetuneConfig),
 )
 
 def finetune_config(

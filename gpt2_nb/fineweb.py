@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -438,7 +439,7 @@ def main(
     out: str = "", # folder for the shards (default: data/ and the name of the data set)
     tokenizer: str = "gpt2", # gpt2; a tokenizer.json; or train, to train one on the training part
     vocab_size: int = 1024, # ids of a tokenizer that is trained here
-    format: str = "bin", # bin (llm.c's) or npy (numpy's)
+    format: Literal["bin", "npy"] = "bin", # llm.c's, or numpy's
     shard_tokens: int = 100_000_000, # tokens per shard
     val_tokens: int = None, # the first tokens are for validation (FineWeb's default: one shard)
     val_fraction: float = 0.1, # else the last part of the characters is

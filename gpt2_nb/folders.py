@@ -15,10 +15,10 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .core import (InputError, Limit, atomic_write, check_flags, cli, known_fields,
                           native_path, new_folder, pick_device, sha256)
@@ -336,7 +336,7 @@ def save_safetensors(
     "Write tensors into a file with the permissions that the user's new files have"
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(mode)
 
 # %% ../nbs/06_folders.ipynb #09a79aeb
@@ -359,7 +359,7 @@ def save_pretrained(
             for name, data in files.items():
                 with atomic_write(folder/name, "w") as f: json.dump(data, f, indent=1)
             if tokenizer: save_tokenizer(tokenizer, folder, model.cfg.block_size)
-    except (OSError, SafetensorError) as e:
+    except (OSError, safetensors.SafetensorError) as e:
         raise InputError(f"the export to {path} failed: {getattr(e, 'strerror', None) or e}") from e
 
 # %% ../nbs/06_folders.ipynb #672f8a21
@@ -368,7 +368,7 @@ def main(
     model: str = "", # folder of a run, as gpt2_train leaves it
     out: str = "", # the new folder, in Hugging Face's layout
     checkpoint: str = "", # best, last or a step; empty for the best if it is known, else the last
-    dtype: str = "float32", # of the weights: float32, float16 or bfloat16
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32", # of the weights in the file
 ):
     "Export a run as a folder that transformers opens."
     if not model or not out: raise InputError("say what and where to: --model RUN --out FOLDER")

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -393,7 +394,7 @@ def main(
     batch_tokens: int = 0, # most tokens of a batch with padding; 0: 8,192 on a CPU, else 65,536
     out: str = "", # a .jsonl to write, one object per example
     checkpoint: str = "", # of a run: best, last or a step; if not given, the best, else the last
-    dtype: str = "auto", # of the blocks: auto, float32 or bfloat16; the head is in float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto", # of the blocks; the head is in float32
     device: str = "auto", # auto, cpu, cuda, cuda:N or mps
 ):
     "Evaluate a model on HellaSwag, in both styles."

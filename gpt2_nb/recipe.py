@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from .core import InputError, Limit, check_flags, known_fields, native_path, posix_path
+from .core import (InputError, Limit, check_flags, choices_of, known_fields, native_path,
+                          posix_path)
 from .bpe import BPE, load_tokenizer
 from .model import GPT2_SIZES, GPTConfig
 from .pretrained import read_json
@@ -56,7 +58,7 @@ class TrainConfig:
     # the optimizer
     learning_rate: float = 3e-3 # peak learning rate
     min_lr: float = 0.0 # learning rate at the end
-    schedule: str = "linear" # after the warm-up: cosine, linear, wsd or constant
+    schedule: Literal[tuple(SCHEDULES)] = "linear" # of the learning rate, after the warm-up
     warmup_iters: int = 100 # steps of linear warm-up
     max_iters: int = 1600 # optimizer steps
     weight_decay: float = 0.1 # AdamW's, on matrices
@@ -75,15 +77,15 @@ class TrainConfig:
     sample_interval: int = 0 # steps between samples; 0 for only at the end
     sample_prompt: str = "\n" # the text that a sample continues
     log_interval: int = 10 # steps between lines of the log; the first and the last step have one
-    report_to: str = "" # tensorboard or wandb: also sends the log there
+    report_to: Literal["", "tensorboard", "wandb"] = "" # where else to send the log
     profile: int = 0 # steps to profile into OUT/profile, after the first few; 0 for none
 
     # how it is computed
-    dtype: str = "auto" # auto, float32, tf32 or bfloat16 (autocast)
-    attention: str = "auto" # on CUDA: flash, cudnn, or auto, which leaves the choice to PyTorch
+    dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto" # bfloat16 means autocast
+    attention: Literal["auto", "flash", "cudnn"] = "auto" # on CUDA; auto leaves it to PyTorch
     compile: bool = False # compile the training step with torch.compile
     grad_checkpoint: bool = False # recompute activations in the backward pass, to save memory
-    parallel: str = "ddp" # with several processes: ddp, or fsdp, which shards weights and moments
+    parallel: Literal[PARALLEL] = "ddp" # of several processes; fsdp shards weights and moments
     seed: int = 1337 # of weights, batches and dropout
     device: str = "auto" # auto, cpu, cuda, cuda:N or mps
 
@@ -126,11 +128,7 @@ LIMITS = dict.fromkeys(AT_LEAST_1, Limit(low=1)) | dict.fromkeys(AT_LEAST_0, Lim
     beta2=Limit(low=0, below=1),
     learning_rate=Limit(above=0),
     seed=Limit(low=0, high=2**32 - 1), # the seeds that numpy accepts
-    schedule=Limit(choices=tuple(SCHEDULES)),
-    dtype=Limit(choices=("auto", "float32", "tf32", "bfloat16")),
-    attention=Limit(choices=("auto", "flash", "cudnn")),
-    parallel=Limit(choices=PARALLEL),
-    report_to=Limit(choices=("", "tensorboard", "wandb")),
+    **choices_of(TrainConfig), # of the fields that are annotated as `Literal`
 ) # allowed values of the fields of `TrainConfig`
 
 # %% ../nbs/18_recipe.ipynb #774005bd
