@@ -191,7 +191,7 @@ def score_trees(
     x = x.flatten(0, 1)[places].float() # (n, C)
 
     size = chunk_rows(model.cfg.vocab_rows, x.shape[-1], logits_budget(device))
-    parts = zip(x.split(size), targets.split(size)) # only so many rows of logits exist at a time
+    parts = zip(x.split(size), targets.split(size)) # at most `size` rows of logits at a time
     with exact_products():
         losses = [F.cross_entropy(model.head(a), ids, reduction="none") for a, ids in parts]
     return -torch.cat(losses), slots
