@@ -261,6 +261,12 @@ def check_style():
     return complaints()
 
 
+def check_contents():
+    "Each chapter links to its neighbours and lists its sections; a first reading of it is short"
+    from chapters import complaints
+    return complaints()
+
+
 def check_lint():
     "Names that are imported or assigned and never used; `import x as x` keeps an old name importable"
     found = []
@@ -361,7 +367,7 @@ def check() -> int:
         "README.md is nbs/index.ipynb": check_readme, "outputs are there and clean": check_outputs,
         "modules import from lower numbers only": check_imports, "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
-        "the house style is kept": check_style, "nothing is imported or assigned in vain": check_lint,
+        "the house style is kept": check_style, "chapters list their sections": check_contents, "nothing is imported or assigned in vain": check_lint,
         "a bare install imports every module": check_bare_install}))
 
 
