@@ -39,8 +39,8 @@ book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
 
-notebooks: $(READY)  ## run every notebook top to bottom and save its outputs, package and README
-	@$(BIN)/python .ci/book.py run
+notebooks: $(SLOW)  ## run the notebooks whose code changed (ARGS=--all: all) and save outputs, package and README
+	@$(BIN)/python .ci/book.py run $(ARGS)
 	@$(MAKE) --no-print-directory export readme
 
 export: $(READY) ## write the package from the notebooks

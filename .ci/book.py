@@ -17,6 +17,8 @@ from pathlib import Path
 
 import nbformat
 
+from fresh import directives, outdated, stamp
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/"nbs", ROOT/"gpt2_nb"
 PARTS = ["nbs", "gpt2_nb", "settings.ini", "setup.py", "MANIFEST.in", "constraints.txt", "README.md", "LICENSE"]
@@ -46,11 +48,6 @@ def copy_project(to: Path, root: Path = ROOT):
     for part in PARTS:
         if (root/part).is_dir(): shutil.copytree(root/part, to/part, ignore=leave)
         else: shutil.copy(root/part, to/part)
-
-
-def directives(source: str) -> dict:
-    "The `#| name: value` lines at the top of a cell"
-    return dict(re.findall(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)$", source, re.M))
 
 
 def skipped(source: str) -> bool:
@@ -106,6 +103,7 @@ def run_notebook(path: Path, quick: bool = False):
     nb = nbformat.read(path, as_version=4)
     start = time.time()
     Client(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    stamp(nb, quick)
     nbformat.write(nb, path)
     subprocess.run(["nbdev_clean", "--fname", str(path)], check=True, cwd=ROOT)
     note_seconds({path.stem: time.time() - start})
@@ -267,6 +265,12 @@ def check_contents():
     return complaints()
 
 
+def check_fresh():
+    "The outputs in a notebook are those of its code"
+    from fresh import complaints
+    return complaints()
+
+
 def check_lint():
     "Names that are imported or assigned and never used; `import x as x` keeps an old name importable"
     found = []
@@ -363,11 +367,17 @@ def test(names: list[str], broken: list[str] = (), force: str = "") -> int:
 
 def check() -> int:
     return test([], report({
-        "nbdev_export leaves no difference": check_export, "nbdev_clean leaves no difference": check_clean,
-        "README.md is nbs/index.ipynb": check_readme, "outputs are there and clean": check_outputs,
-        "modules import from lower numbers only": check_imports, "text files state their encoding": check_encodings,
+        "nbdev_export leaves no difference": check_export,
+        "nbdev_clean leaves no difference": check_clean,
+        "README.md is nbs/index.ipynb": check_readme,
+        "outputs are there and clean": check_outputs,
+        "outputs are those of the code": check_fresh,
+        "chapters list their sections": check_contents,
+        "modules import from lower numbers only": check_imports,
+        "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
-        "the house style is kept": check_style, "chapters list their sections": check_contents, "nothing is imported or assigned in vain": check_lint,
+        "the house style is kept": check_style,
+        "nothing is imported or assigned in vain": check_lint,
         "a bare install imports every module": check_bare_install}))
 
 
@@ -384,8 +394,10 @@ def main():
                        ("slow", "run notebooks' tests with the slow ones"),
                        ("run", "run notebooks and save their outputs")):
         command = commands.add_parser(name, help=text)
-        command.add_argument("notebooks", nargs="*", help="such as 02_attention; default all")
+        default = "all" if name != "run" else "those whose code, or package, changed since they were run"
+        command.add_argument("notebooks", nargs="*", help=f"such as 02_attention; default {default}")
         if name == "run": command.add_argument("--quick", action="store_true", help="leave the outputs of slow cells as they are")
+        if name == "run": command.add_argument("--all", action="store_true", help="run every notebook")
     args = parser.parse_args()
     names = [Path(n).stem for n in getattr(args, "notebooks", [])]
 
@@ -393,7 +405,10 @@ def main():
     if args.command == "test": sys.exit(test(names))
     if args.command == "slow": sys.exit(slow(names))
     if args.command == "readme": return write_readme()
-    for path in [NBS/f"{name}.ipynb" for name in names] or notebooks(): run_notebook(path, args.quick)
+    chosen = [NBS/f"{name}.ipynb" for name in names] or notebooks()
+    if not names and not args.all: chosen = [path for path in chosen if outdated(path, package=True)]
+    for path in chosen: run_notebook(path, args.quick)
+    print(f"{len(chosen)} notebooks run")
 
 
 if __name__ == "__main__":
