@@ -82,7 +82,7 @@ def has_picture(cell) -> bool:
 
 def is_drawing(cell) -> bool:
     "Whether a picture shows an idea rather than data: it has no axes"
-    return has_picture(cell) and bool(re.search(r"""axis\(["']off["']\)|set_axis_off|<svg""", cell.source))
+    return has_picture(cell) and bool(re.search(r"""Drawing\(|axis\(["']off["']\)|set_axis_off""", cell.source))
 
 
 @dataclass
