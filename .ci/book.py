@@ -67,9 +67,12 @@ def write_readme(root: Path = ROOT):
     nb = nbformat.read(root/"nbs"/"index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and {"hide", "default_exp"} & directives(c.source).keys())]
     for c in nb.cells:
-        if c.cell_type == "code": c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
+        if c.cell_type != "code": continue
+        if directives(c.source).get("echo") == "false": c.metadata["tags"] = ["remove-input"] # shows its picture only
+        c.source = re.sub(r"^#\|.*\n?", "", c.source, flags=re.M)
     nb.metadata["language_info"] = {"name": "python"} # the colours of its code
-    body, resources = MarkdownExporter().from_notebook_node(nb, resources={"output_files_dir": "images", "unique_key": "index"})
+    exporter = MarkdownExporter(config={"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"remove-input"}}})
+    body, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": "images", "unique_key": "index"})
     images = root/"nbs"/"images"
     for old in images.glob("index_*"): old.unlink()
     for name, data in resources.get("outputs", {}).items():
