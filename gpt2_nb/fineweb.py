@@ -244,7 +244,8 @@ def shard_settings(name, val_fraction, format, shard_tokens, max_tokens, val_tok
     if is_on_hub(name): val_tokens = val_tokens or shard_tokens # a stream: its end is unknown
     held_out = dict(val_tokens=val_tokens, val_fraction=None if val_tokens else val_fraction)
     name = re.sub(r"\W+", "-", source_name(name))
-    return dict(name=name, format=format, shard_tokens=shard_tokens, max_tokens=max_tokens, **held_out)
+    cut = dict(format=format, shard_tokens=shard_tokens, max_tokens=max_tokens)
+    return dict(name=name, **cut, **held_out)
 
 # %% ../nbs/10_fineweb.ipynb #85875684
 def splits_to_make(manifest: Manifest) -> list[tuple]: # split, source, limit in tokens
@@ -294,8 +295,8 @@ def check_separators(out: Path, known: Manifest | None, source):
     files = source.files if isinstance(source, FileSource) else []
     only_txt = files and all(f.suffix.lower() == ".txt" for f in files)
     if known and only_txt and known.counts.get("endoftext_in_text"):
-        raise InputError(f"{out}: its shards were made when {EOT} in a text file was text; it now "
-                         "separates documents, so take another folder")
+        raise InputError(f"{out}: its shards took the {EOT} of a text file for text, and "
+                         "it now separates documents; take another folder")
 
 
 def prepare(
@@ -408,8 +409,9 @@ def prepare_tokenizer(tokenizer, dataset, vocab_size, val_fraction, val_tokens) 
     "The tokenizer that the command's flags ask for"
     if tokenizer != "train": return load_tokenizer(tokenizer)
     if val_tokens or is_on_hub(dataset):
-        raise InputError("--tokenizer train needs local text and --val_fraction, which holds out a part of "
-                         "it; otherwise train one on a sample and pass its tokenizer.json")
+        raise InputError("--tokenizer train needs local text and --val_fraction, which "
+                         "holds out a part of it; otherwise train one on a sample and "
+                         "pass its tokenizer.json")
     return train_tokenizer(dataset, vocab_size, val_fraction)
 
 # %% ../nbs/10_fineweb.ipynb #996a732f
@@ -436,13 +438,13 @@ def main(
     # .parquet file, or a folder of these; ready-made: fineweb10B-gpt2 or finewebedu10B-gpt2
     dataset: str = "shakespeare",
     config: str = "", # which part of FineWeb (default: sample-10BT)
-    out: str = "", # folder for the shards (default: data/NAME, after the data set)
-    tokenizer: str = "gpt2", # gpt2, a tokenizer.json, or train (to train one on the training part)
+    out: str = "", # folder for the shards (default: data/ and the name of the data set)
+    tokenizer: str = "gpt2", # gpt2, a tokenizer.json, or train (on the training part)
     vocab_size: int = 1024, # ids of the tokenizer, with --tokenizer train
     format: Literal["bin", "npy"] = "bin", # llm.c's or numpy's format
     shard_tokens: int = 100_000_000, # tokens per shard
-    val_tokens: int = None, # hold out this many tokens from the start (FineWeb's default: one shard)
-    val_fraction: float = 0.1, # otherwise hold out this part of the characters, from the end
+    val_tokens: int = None, # hold out this many tokens at the start (FineWeb: one shard)
+    val_fraction: float = 0.1, # otherwise hold out this part of the characters, at the end
     max_tokens: int = None, # stop after this many tokens of training text
     workers: int = None, # threads (default: one per core)
     verify: str = "", # only check the shards of this folder against its manifest

@@ -118,7 +118,7 @@ class GlobalOrder:
         batch_size: int, # windows that each rank takes
         rank: int = 0, # index of this process
         world_size: int = 1, # number of processes
-    ) -> np.ndarray: # (batch_size, ...) this rank's windows
+    ) -> np.ndarray: # (batch_size, ...) the windows of this rank
         "Take the next `world_size` × `batch_size` windows and return this rank's share"
         missing, parts = world_size * batch_size, []
         while True:
@@ -261,7 +261,7 @@ def val_windows(
     batch_size: int, # B, windows in a batch; the last batch may have fewer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # (B, T) int64 each
     "Windows that predict every id after the first once; the last is padded with targets of -1"
-    if len(ids) < 2: raise InputError(f"{len(ids)} tokens to evaluate on; at least 2 are needed")
+    if len(ids) < 2: raise InputError(f"evaluation needs at least 2 tokens, found {len(ids)}")
     step = batch_size * block_size
     for start in range(0, len(ids) - 1, step):
         part = torch.from_numpy(np.asarray(ids[start:start + step + 1]).astype(np.int64))
