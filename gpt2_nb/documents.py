@@ -60,7 +60,7 @@ def read_txt(
     if text: yield starts, text
 
 # %% ../nbs/09_documents.ipynb #4294b75b
-def read_jsonl(file) -> Iterator[tuple[bool, str]]: # True, and the text
+def read_jsonl(file) -> Iterator[tuple[bool, str]]: # always True, and the text
     "One document per line, the string under `text` in a JSON object; `null` is an empty one"
     for number, line in enumerate(file, 1):
         if number == 1: line = line.removeprefix(codecs.BOM_UTF8)
@@ -79,7 +79,7 @@ def read_jsonl(file) -> Iterator[tuple[bool, str]]: # True, and the text
 STRINGS = {"string", "large_string", "string_view", # Arrow's types for text
            "binary", "large_binary", "binary_view"} # and for bytes, which are read as UTF-8
 
-def read_parquet(file) -> Iterator[tuple[bool, str]]: # True, and the text
+def read_parquet(file) -> Iterator[tuple[bool, str]]: # always True, and the text
     "One document per row, from the column `text`; a missing value is an empty document"
     import pyarrow as pa # imported here, since only this reader needs them
     import pyarrow.parquet as pq
@@ -137,7 +137,7 @@ def play_files() -> list[Path]: # in the order of their names
     return files
 
 
-def read_play(file) -> Iterator[tuple[bool, str]]: # True, and the text
+def read_play(file) -> Iterator[tuple[bool, str]]: # always True, and the text
     "A play as one document"
     yield True, play_to_text(file.read().decode("utf-8"))
 
@@ -177,7 +177,7 @@ class FileSource:
         digests = []
         for path in self.files:
             with reading(path): digests.append(sha256(path))
-        named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # in old manifests
+        named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # for old manifests
         if known == hashlib.sha256(named.encode()).hexdigest(): return known
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -291,7 +291,7 @@ def open_source(
             if files := text_files(folder): return FileSource(files, READERS)
         return HubSource(HUB[str(name)], config, hub_commit(HUB[str(name)], commit))
 
-    if not os.path.exists(path): # unlike `path.exists`, no error without permission
+    if not os.path.exists(path): # unlike `path.exists`, never raises
         raise InputError(f"{name}: no such file or folder; expected a path ({kinds}), "
                          f"shakespeare, {' or '.join(HUB)}")
     if path.is_dir():

@@ -342,7 +342,7 @@ def shards_on_hub(repo: str) -> tuple[str, dict]: # commit, and the SHA-256 of e
     "The shards to fetch from a repository, validation first"
     import huggingface_hub # imported here, so that the rest needs no Hub
     try: info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
-    except Exception as e: raise hub_unreachable(repo, e, ".bin") from e # of many kinds
+    except Exception as e: raise hub_unreachable(repo, e, ".bin") from e # any failure
 
     form = r"\w+_(val|train)_\d{6}\.bin"
     shards = [f for f in info.siblings if re.fullmatch(form, f.rfilename)]
