@@ -59,8 +59,7 @@ def read_tokenizer(
     if file.is_file(): return BPE.from_json(without_added(read_json(file), file), file)
     if (folder/"vocab.json").is_file() and (folder/"merges.txt").is_file():
         return read_vocab_and_merges(folder)
-    raise InputError(f"{folder} holds no tokenizer: looked for tokenizer.json, "
-                     "or vocab.json with merges.txt")
+    raise InputError(f"{folder} holds no tokenizer: looked for tokenizer.json and vocab.json")
 
 # %% ../nbs/06_folders.ipynb #15f0a227
 def checkpoints(run: str | Path) -> list[Path]:
@@ -80,15 +79,14 @@ def read_state(
             if sha256(checkpoint/native_path(name)) != digest:
                 raise ValueError(f"{name} does not have the SHA-256 that it was saved with")
 
-        if state["step"] != int(checkpoint.name):
-            raise ValueError(f"its state.json is that of step {state['step']}")
+        if state["step"] != int(checkpoint.name): raise ValueError(f"it is step {state['step']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(f"checkpoint {checkpoint} is damaged: {e}") from e
     return state
 
 # %% ../nbs/06_folders.ipynb #879e031e
 def read_best(run: Path) -> dict:
-    "The best `step` (None if unknown), its validation `loss`, and `validation`, a hash of the tokens"
+    "The best `step` (None if unknown), its validation `loss`, and `validation`, a hash of tokens"
     nothing = dict(step=None, loss=float("inf"), validation=None)
     try: found = read_json(run/"best.json")
     except InputError: return nothing
@@ -145,7 +143,7 @@ def choose_checkpoint(
 def check_ids(tokenizer: BPE, cfg: GPTConfig):
     "Raise an `InputError` if the tokenizer has more ids than the model"
     ids, rows = tokenizer.n_vocab, cfg.vocab_size
-    if ids > rows: raise InputError(f"the tokenizer has {ids} ids, but the model has only {rows}")
+    if ids > rows: raise InputError(f"the tokenizer has {ids} ids, and the model knows only {rows}")
 
 # %% ../nbs/06_folders.ipynb #1c09fb0e
 def merge_adapters(
@@ -373,8 +371,7 @@ def main(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32", # of the weights in the file
 ):
     "Export a run as a folder that transformers opens."
-    if not model or not out:
-        raise InputError("two flags are needed: --model RUN --out FOLDER")
+    if not model or not out: raise InputError("two flags are needed: --model RUN --out FOLDER")
     check_flags(dict(dtype=dtype), EXPORT_LIMITS)
     free_folder(out, is_export) # fail before any work is done
 
