@@ -251,7 +251,7 @@ def save_tokenizer(
 # %% ../nbs/06_folders.ipynb #8279d2a1
 def free_folder(
     path: str | Path, # the folder to write
-    may_replace=lambda folder: False, # whether an existing folder that is not empty may be replaced
+    may_replace=lambda folder: False, # decides whether an existing, non-empty folder may be replaced
 ) -> Path: # the same path with links resolved
     "Check that a folder can be made and would not replace anything; `InputError` if not"
     try:
@@ -275,7 +275,7 @@ def free_folder(
 @contextmanager
 def atomic_folder(
     path: str | Path, # final name
-    may_replace=lambda folder: False, # whether an existing folder that is not empty may be replaced
+    may_replace=lambda folder: False, # decides whether an existing, non-empty folder may be replaced
 ):
     "Fill a folder that appears at `path` only once it is complete; after an error nothing is left"
     final = free_folder(path, may_replace)

@@ -114,12 +114,12 @@ def fast_layers(model: GPT, rows: int, uses: int): # uses: number of tokens to c
 
 # %% ../nbs/07_generate.ipynb #b4a28e98
 def window_starts(starts: list[int], n: int, size: int, step: int) -> list[int]:
-    "Where windows of up to `size` columns that end before column `n` begin; full ones move by `step`"
+    "Where windows of up to `size` columns, ending before `n`, begin; full ones move by `step`"
     return [s if n - s <= size else max(s + step, n - size) for s in starts]
 
 # %% ../nbs/07_generate.ipynb #cc62fd32
 def row_places(starts: list[int], first: int, columns: range, device="cpu") -> tuple:
-    "Positions (B, T) of each row's tokens in `columns`, and a mask (B, 1, T, S) of what they may see"
+    "Positions (B, T) of the tokens in `columns`, and a mask (B, 1, T, S) of what they may see"
     # if all rows begin in the same column, neither is needed
     if len(set(starts)) == 1: return None, None
     begin = torch.tensor(starts, device=device)[:, None] # (B, 1)
@@ -213,7 +213,7 @@ def eval_mode(model: nn.Module):
 # %% ../nbs/07_generate.ipynb #09a8b19a
 def fill_columns(window: Window, n: int, choose: Callable, stop_token: int | None = None,
                  n_vocab: int | None = None, on_token: Callable | None = None) -> torch.Tensor:
-    "Write tokens into the columns from `n` on until all rows have stopped; return their ends, (B,)"
+    "Write tokens into the columns from `n` on until all rows have stopped; return the ends, (B,)"
     ids = window.ids
     stop = -1 if stop_token is None else stop_token # no token has the id -1
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -242,7 +242,7 @@ def generate(
     generator: torch.Generator | None = None, # on the model's device; its seed determines the text
     greedy: bool = False, # always take the likeliest token, whatever the temperature
     stop_token: int | None = None, # ends a row; in a tensor, also fills the rest of the row
-    n_vocab: int | None = None, # number of ids in the tokenizer; larger ids are never drawn
+    n_vocab: int | None = None, # number of ids in the tokenizer; ids from here on are never drawn
     slide: int = 1, # number of tokens by which a full window moves
     on_token: Callable | None = None, # called with each new column of ids, (B,)
 ) -> torch.Tensor | list[torch.Tensor]: # prompts included: (B, T + new), or a list for a list
@@ -328,7 +328,7 @@ def chosen_model(model: str) -> str | Path: # for `load_model`
 @dataclass(frozen=True)
 class GenerateConfig:
     "Continue a prompt with a trained model."
-    model: str = "" # a folder, gpt2, gpt2-medium, gpt2-large or gpt2-xl; empty for the house model
+    model: str = "" # a folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl; empty: the repository's model
     prompt: str = "" # the text to continue; empty for the start of a document
     max_new_tokens: int = 200 # the largest number of tokens to add
     temperature: float = 0.8 # below 1 favours likely tokens; 0 always takes the likeliest
