@@ -201,8 +201,8 @@ def bare(command: list, folder: Path) -> subprocess.CompletedProcess:
     "Run a program in a folder as someone does who has installed the package and has no copy of the project"
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "GPT2_NB"))}
     folder.mkdir(exist_ok=True)
-    return subprocess.run([str(word) for word in command], cwd=folder, env=variables | {"PYTHONIOENCODING": "utf-8"},
-                          capture_output=True, encoding="utf-8", errors="replace")
+    words, variables = [str(word) for word in command], variables | {"PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(words, cwd=folder, env=variables, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def bare_failures(folder: Path, *commands: list) -> list[str]:
@@ -215,7 +215,7 @@ def bare_failures(folder: Path, *commands: list) -> list[str]:
 
 
 def install_bare(env: Path, package: Path) -> tuple[Path, list[str]]:
-    "Install a wheel or a copy of the project, and nothing else, in a new environment; its programs, and what failed"
+    "Install a wheel or a copy of the project, and nothing else, in a new environment; its programs, and failures"
     pin, programs = env.with_suffix(".txt"), env/("Scripts" if os.name == "nt" else "bin")
     lines = (ROOT/"constraints.txt").read_text(encoding="utf-8").splitlines()
     pin.write_text("\n".join(line for line in lines if line.startswith("torch==")), encoding="utf-8")
@@ -226,7 +226,7 @@ def install_bare(env: Path, package: Path) -> tuple[Path, list[str]]:
 
 
 def check_bare_install():
-    "A new environment with `pip install .` alone, today's versions of all but torch, imports, trains and generates"
+    "After `pip install .` alone, with today's versions of all but torch, the package imports, trains and generates"
     with tempfile.TemporaryDirectory() as t:
         copy, empty = Path(t)/"source", Path(t)/"empty"
         copy_project(copy)
@@ -240,7 +240,8 @@ def check_bare_install():
 
         done = bare([generate], empty) # the repository's model is not in the wheel: one line with what to do
         advice = re.fullmatch(r"[^\n]*--model is missing[^\n]*run gpt2_train[^\n]*\n", done.stderr)
-        return [] if advice and done.returncode == 1 else [f"gpt2_generate, code {done.returncode}: {done.stderr[-800:]}"]
+        if advice and done.returncode == 1: return []
+        return [f"gpt2_generate without --model: exit code {done.returncode}: {done.stderr[-800:]}"]
 
 
 def is_text_without_encoding(call: ast.Call) -> bool:

@@ -113,9 +113,10 @@ def save(row: Row, folder: Path, results: Path):
 
 
 def uncommitted() -> bool | None:
-    "Whether the package differs from the commit; None if there is no git"
+    "Whether the package differs from its last commit; None if there is no git"
     if not shutil.which("git"): return None
-    done = subprocess.run(["git", "status", "--porcelain", "gpt2_nb"], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "status", "--porcelain", "gpt2_nb"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return None if done.returncode else bool(done.stdout.strip())
 
 

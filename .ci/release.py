@@ -1,9 +1,9 @@
-"""Builds the wheel and the source archive, installs the wheel alone, and tries it. `make release-check` is this.
+"""Builds a wheel and a source archive, installs the wheel alone, and tries it. `make release-check` is this.
 
-In a new environment, outside the repository, it runs `--help` of every command in settings.ini, trains ten steps
-on the plays, resumes for two more, generates a line, and exports the model. With --tag it first checks that the
-tag, settings.ini, the package and the changelog have the same version. The workflow `release` runs this before
-it publishes what is in dist/.
+In a new environment, outside the repository, it runs `--help` of every command in settings.ini, trains ten
+steps on the plays, resumes for two more, generates a line, and exports the model. With --tag it first checks
+that the tag, settings.ini, the package and the changelog have the same version. The workflow `release` runs
+this before it publishes the files in dist/.
 """
 import argparse
 import re
@@ -25,8 +25,8 @@ def version_problems(tag: str) -> list[str]:
     found = []
     if tag.removeprefix("v") != version: found.append(f"the tag is {tag}, and settings.ini has {version}")
     if package != version: found.append(f"gpt2_nb/__init__.py has {package}, and settings.ini {version}")
-    heading = f"## [{version}]"
-    if heading not in CHANGELOG.read_text(encoding="utf-8"): found.append(f"{CHANGELOG.name} has no heading {heading}")
+    heading, changes = f"## [{version}]", CHANGELOG.read_text(encoding="utf-8")
+    if heading not in changes: found.append(f"{CHANGELOG.name} has no heading {heading}")
     return found
 
 
@@ -82,8 +82,8 @@ def main():
             start = time.time()
             failures = bare_failures(Path(t)/"empty", command)
             broken += failures
-            print(f"{'FAIL' if failures else 'ok  '} {name}, {time.time() - start:.0f} s", *failures, sep="\n     ",
-                  flush=True)
+            line = f"{'FAIL' if failures else 'ok  '} {name}, {time.time() - start:.0f} s"
+            print(line, *failures, sep="\n     ", flush=True)
     if broken: sys.exit(f"release: {len(broken)} of {len(trials(programs))} trials failed")
 
 
