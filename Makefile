@@ -56,7 +56,7 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/book.py readme
 
 # nbdev's hooks, but with the full path of its programs, so that they also run where .venv is not active
-hooks: $(READY)  ## let git merge notebooks cell by cell and Jupyter clean them when it saves; once per clone
+hooks: $(READY)  ## let git merge notebooks cell by cell; once per clone
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks
 	@git config --local merge.nbdev-merge.driver '"$(CURDIR)/$(BIN)/nbdev_merge" %O %A %B %P'
 	@printf '#!/bin/sh\nexec "%s/nbdev_trust"\n' "$(CURDIR)/$(BIN)" > .git/hooks/post-merge
