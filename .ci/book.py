@@ -297,6 +297,12 @@ def check_contents():
     return complaints()
 
 
+def check_gpt2():
+    "The notebook that `make gpt2` writes takes some of its cells from chapter 05"
+    from gpt2 import complaints
+    return complaints()
+
+
 def check_lint():
     "Names that are imported or assigned and never used; `import x as x` keeps an old name importable"
     found = []
@@ -397,7 +403,8 @@ def check() -> int:
         "README.md is nbs/index.ipynb": check_readme, "outputs are there and clean": check_outputs,
         "modules import from lower numbers only": check_imports, "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
-        "the house style is kept": check_style, "chapters list their sections": check_contents, "nothing is imported or assigned in vain": check_lint,
+        "the house style is kept": check_style, "chapters list their sections": check_contents,
+        "make gpt2 finds its cells": check_gpt2, "nothing is imported or assigned in vain": check_lint,
         "a bare install imports, trains and generates": check_bare_install}))
 
 
