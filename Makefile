@@ -5,10 +5,10 @@ SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix model book-stats lab notebooks export readme clean
+.PHONY: help train test slow gpu matrix model headline gpt2 book-stats lab notebooks export readme hooks release-check clean
 
 help:       ## list these targets
-	@awk -F '## ' '/^[a-z-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
+	@awk -F '## ' '/^[a-z0-9-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
 
 train: $(READY)  ## train GPT-2 on Shakespeare's plays in minutes on a CPU; flags of gpt2_train go in ARGS="..."
 	@$(BIN)/gpt2_train $(ARGS)
@@ -33,6 +33,12 @@ model: $(READY)  ## train the small model that the chapters use, in about 20 min
 	$(BIN)/gpt2_export --model runs/plays --out nbs/models/plays --dtype float16
 	cp runs/plays/log.jsonl nbs/runs/plays.jsonl
 
+headline: $(READY)  ## compare the default recipe with nanoGPT's CPU quick start at equal text, context and seconds
+	@$(BIN)/python .ci/headline.py $(ARGS)
+
+gpt2: $(READY)   ## run the chain of proof, greedy text and HellaSwag with OpenAI's 124M weights
+	@$(BIN)/python .ci/gpt2.py $(ARGS)
+
 book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module
 	@$(BIN)/python .ci/stats.py $(ARGS)
 
@@ -48,6 +54,15 @@ export: $(READY) ## write the package from the notebooks
 
 readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/book.py readme
+
+# nbdev's hooks, but with the full path of its programs, so that they also run where .venv is not active
+hooks: $(READY)  ## let git merge notebooks cell by cell; once per clone
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks
+	@git config --local merge.nbdev-merge.driver '"$(CURDIR)/$(BIN)/nbdev_merge" %O %A %B %P'
+	@printf '#!/bin/sh\nexec "%s/nbdev_trust"\n' "$(CURDIR)/$(BIN)" > .git/hooks/post-merge
+
+release-check: $(READY)  ## build the wheel, install it alone, and try every command and ten steps of training
+	@$(BIN)/python .ci/release.py $(ARGS)
 
 clean:           ## remove the environment and what was built
 	rm -rf .venv .matrix build dist *.egg-info
