@@ -39,6 +39,9 @@ headline: $(READY)  ## compare the default recipe with nanoGPT's CPU quick start
 gpt2: $(READY)   ## run the chain of proof, greedy text and HellaSwag with OpenAI's 124M weights
 	@$(BIN)/python .ci/gpt2.py $(ARGS)
 
+one-file: $(READY)  ## write nbs/one_file/gpt2.py: model, generation, loader and training loop in one file
+	@$(BIN)/python .ci/one_file.py
+
 book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module
 	@$(BIN)/python .ci/stats.py $(ARGS)
 

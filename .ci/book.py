@@ -304,6 +304,12 @@ def check_fresh():
     return complaints()
 
 
+def check_one_file():
+    "nbs/one_file/gpt2.py is what the package gives, and computes the same"
+    from one_file import complaints
+    return complaints()
+
+
 def check_gpt2():
     "The notebook that `make gpt2` writes takes some of its cells from chapter 05"
     from gpt2 import complaints
@@ -416,6 +422,7 @@ def check() -> int:
         "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,
         "the house style is kept": check_style,
+        "the one file is the package": check_one_file,
         "make gpt2 finds its cells": check_gpt2,
         "nothing is imported or assigned in vain": check_lint,
         "a bare install imports, trains and generates": check_bare_install}))
