@@ -103,7 +103,7 @@ class MLP(nn.Module):
         self,
         x: torch.Tensor, # (..., C)
     ) -> torch.Tensor: # (..., C)
-        "Transform every position by itself"
+        "Transform every position independently of the others"
         x = F.gelu(self.c_fc(x), approximate="tanh") # (..., 4C)
         return self.dropout(self.c_proj(x))
 
@@ -127,7 +127,7 @@ class Block(nn.Module):
         cache: KVCache | None = None, # this layer's positions before `x`
         mask: torch.Tensor | None = None, # see `CausalSelfAttention`
     ) -> torch.Tensor: # (B, T, C)
-        "One step of the residual stream"
+        "The residual stream after both branches have been added"
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 

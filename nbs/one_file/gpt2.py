@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (..., C)
-        "Transform every position by itself"
+        "Transform every position independently of the others"
         x = F.gelu(self.c_fc(x), approximate="tanh") # (..., 4C)
         return self.dropout(self.c_proj(x))
 
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None,
                 mask: torch.Tensor | None = None) -> torch.Tensor: # (B, T, C)
-        "One step of the residual stream"
+        "The residual stream after both branches have been added"
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
