@@ -60,7 +60,7 @@ def add_lora(
 ):
     "Freeze a model and put adapters beside the matrices of its blocks"
     model.requires_grad_(False)
-    for module in list(model.modules()): # a list, for the loop changes the tree that it walks
+    for module in list(model.modules()): # a list, because the loop changes the tree of modules
         for name, child in list(module.named_children()):
             if name in ADAPTED: setattr(module, name, LoRALinear(child, r, alpha))
 
@@ -69,7 +69,7 @@ def peft_config(
     settings: dict, # of a run: `lora_r`, `lora_alpha`, `init_from`
     base: str = "", # the model that the adapters belong to; if empty, where the run began
 ) -> dict: # for adapter_config.json
-    "The settings of adapters in the words of the `peft` library"
+    "The settings of adapters under the names that the `peft` library uses"
     return dict(
         peft_type="LORA",
         task_type="CAUSAL_LM",
@@ -89,7 +89,7 @@ def save_adapter(
     path: str | Path, # the new folder
     base: str = "", # the model that the adapters belong to, for whoever opens them
 ):
-    "Write the adapters of a run as the `peft` library reads them"
+    "Write the adapters of a run in the format of the `peft` library"
     top, step = run_of(Path(run))
     tensors = read_tensors(choose_checkpoint(top, step))
     adapters = {f"base_model.model.{name}.weight": t for name, t in tensors.items()
@@ -118,7 +118,7 @@ def export_best(
         save_adapter(checkpoint, out/"adapter", cfg.init_from)
         return [out/"best", out/"adapter"]
 
-    # The checkpoint holds the base's weights, wherever the base itself may be by now.
+    # The checkpoint also holds the base's weights, even if the base has been moved.
     tensors = merge_adapters(read_tensors(checkpoint), 0.0)
     base = fill_model(model.cfg, tensors, checkpoint, torch.device("cpu"))
     save_pretrained(base, out/"base", tokenizer)
