@@ -71,9 +71,9 @@ def chat_pairs(messages: list[dict]) -> Iterator[tuple[str, str]]: # prompt, com
         known = message if isinstance(message, dict) else {}
         role, content = known.get("role"), known.get("content")
         if not isinstance(role, str) or role not in ROLES: # a list cannot be looked up
-            raise ValueError(f"role is {role!r}, and must be {', '.join(ROLES)}")
+            raise ValueError(f"role is {role!r}, and must be one of {', '.join(ROLES)}")
         if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"a message of the {role} is empty")
+            raise ValueError(f"a message from the {role} is empty")
         if role == "assistant": yield f"{so_far}{ROLES[role]}:", f" {content}"
         so_far += f"{ROLES[role]}: {content}\n"
 
@@ -86,7 +86,7 @@ def line_pairs(line: bytes) -> list[tuple[str, str]]: # prompt, completion
 
     if "messages" in row:
         pairs = list(chat_pairs(row["messages"]))
-        if not pairs: raise ValueError("it has no message of the assistant")
+        if not pairs: raise ValueError("it has no message from the assistant")
         return pairs
 
     missing = [name for name in ("prompt", "completion") if name not in row]
@@ -172,19 +172,19 @@ class WindowLoader(GlobalOrder):
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     "Fine-tune a model on your own text or instructions, and save the run in a folder."
-    model: str = "" # where to begin: a run's folder, a Hugging Face folder, or gpt2 ... gpt2-xl
+    model: str = "" # model to start from: a run, a Hugging Face folder, or gpt2 ... gpt2-xl
     data: str = "" # examples (.jsonl: prompt and completion, or messages), a text, or a folder
-    val_data: str = "" # for examples: those to validate on; if not given, a part of --data
-    val_fraction: float = 0.1 # that part, drawn from all lines
+    val_data: str = "" # examples to validate on (.jsonl); if not given, a part of --data
+    val_fraction: float = 0.1 # size of that part, drawn from the lines at random
     long: Literal["skip", "cut"] = "skip" # what to do with examples longer than the window
     epochs: float = 3.0 # times that each example is seen, unless --max_iters is given
-    lora_r: int = 0 # rank of adapters to train in place of the weights; 0 trains all weights
+    lora_r: int = 0 # rank of adapters to train instead of the weights; 0 trains all weights
     lora_alpha: float = 16.0 # adapters are scaled by alpha / r
     out: str = "runs/finetune" # folder of the run
     tokenizer: str = "" # always the model's; any other is refused
     block_size: int = 0 # tokens in a window; 0 for the model's
-    batch_size: int = 8 # windows in a micro-batch of one process, at most
-    total_batch_size: int = 0 # tokens in a step; 0 for --batch_size windows, or fewer
+    batch_size: int = 8 # largest micro-batch of one process, in windows
+    total_batch_size: int = 0 # tokens per step; 0 for --batch_size windows, fewer if data is small
     document_mask: bool = True # in a packed window, let an example see only itself
     learning_rate: float = 0.0 # 0 for 0.04 / n_embd, and ten times that with adapters
     schedule: str = "cosine" # cosine, linear, wsd or constant, after the warm-up
@@ -275,7 +275,7 @@ def split_examples(
     lines = list(dict.fromkeys(e.where for e in examples)) # a conversation is one line
     if len(lines) < 2:
         found = lines[0] if lines else "no line"
-        raise InputError(f"only {found} can be used: one more line is needed, to validate on")
+        raise InputError(f"only {found} can be used: one more line is needed for validation")
     n = min(max(1, round(val_fraction * len(lines))), len(lines) - 1)
     drawn = {lines[i] for i in shuffled(len(lines), seed, 0)[:n]}
     training = [e for e in examples if e.where not in drawn]
@@ -292,7 +292,7 @@ def read_examples(
                 for prompt, completion, where in read_pairs(path)]
     kept, cut, skipped = fit_window(examples, cfg.block_size, cfg.long)
     if not kept:
-        raise InputError(f"{examples[0].where}: like all others it is longer than the window "
+        raise InputError(f"{examples[0].where}: like all others, it is longer than the window "
                          f"of {cfg.block_size} tokens")
     return kept, cut, skipped
 
@@ -311,7 +311,7 @@ def hash_windows(
 
 # %% ../nbs/21_finetune.ipynb #5fda140c
 def open_examples(cfg: FinetuneConfig, tokenizer: BPE) -> tuple[Data, str]:
-    "The examples of `cfg` as the data of a run, and what became of them, for the user"
+    "The examples of `cfg` as the data of a run, and a report on them for the user"
     found = [read_examples(path, cfg, tokenizer) for path in (cfg.data, cfg.val_data) if path]
     parts = [kept for kept, _, _ in found]
     if not cfg.val_data: parts = split_examples(parts[0], cfg.val_fraction, cfg.seed)
@@ -385,7 +385,7 @@ def finetune(
     cfg: FinetuneConfig,
     progress: bool = True, # print what is done, and show a progress bar
 ) -> dict: # see `train`
-    "Fine-tune by `cfg`. This is what `gpt2_finetune` and `torchrun -m gpt2_nb.finetune` run"
+    "Fine-tune as `cfg` says. This is what `gpt2_finetune` and `torchrun -m gpt2_nb.finetune` run"
     resumed = cfg.resume and (Path(cfg.out)/"config.json").exists()
     shape, tokenizer = open_shape(cfg.out if resumed else cfg.model)
     if cfg.tokenizer and load_tokenizer(cfg.tokenizer).tokens != tokenizer.tokens:
@@ -398,7 +398,8 @@ def finetune(
         examples, report = open_examples(cfg, tokenizer)
         cfg = replace(cfg, sample_prompt=cfg.sample_prompt or first_prompt(examples))
     elif cfg.val_data:
-        raise InputError(f"--val_data is for examples: of the text {cfg.data} the end is held out")
+        raise InputError(f"--val_data is for examples: for the text {cfg.data}, leave it out, "
+                         "and the end of the text is held out")
     tokens = examples.tokens if examples else text_tokens(cfg.data, tokenizer)
     rank, _, world_size = launched()
     cfg = fill_config(cfg, shape, tokens, world_size)
@@ -425,7 +426,7 @@ def main(**flags):
     else: cfg = finetune_config(**flags)
 
     result = finetune(cfg)
-    finish(result) # exits where the run was stopped
+    finish(result) # exits if the run was stopped
     run = result["run"]
     if not run.dist.is_main: return
     folders = export_best(run.cfg, run.out)

@@ -51,7 +51,7 @@ from .recipe import check_config as check_config
 # %% ../nbs/19_train.ipynb #9f49ee74
 @contextmanager
 def catch_signals():
-    "Note SIGINT and SIGTERM in a list; a second one of the same kind acts as usual"
+    "Record SIGINT and SIGTERM in a list; a second one of the same kind acts as usual"
     noted, before = [], {}
 
     def note(number, frame):
@@ -181,7 +181,7 @@ def open_choices(
     if not cfg.hellaswag_interval: return None
     try: return tokenize(load_examples(cfg.hellaswag_data), tokenizer)
     except InputError as e:
-        raise InputError(f"{e}; to train without HellaSwag, --hellaswag_interval 0") from e
+        raise InputError(f"{e}; to train without HellaSwag, give --hellaswag_interval 0") from e
 
 # %% ../nbs/19_train.ipynb #d1677b16
 def _assemble(cfg, out, dist, get_data, adapt) -> Run:
@@ -205,7 +205,7 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     if adapt: adapt(model, cfg)
     model.to(dist.device)
     if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block
-    if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # dropout differs, though
+    if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # but each rank draws its own dropout
 
     step_model = parallelize(model, dist, cfg.parallel)
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, betas=(0.9, cfg.beta2))
@@ -389,8 +389,8 @@ def out_of_memory_advice(
         if not is_out_of_memory(e): raise
         also = "" if cfg.grad_checkpoint else ", or add --grad_checkpoint"
         raise InputError(f"out of memory with micro-batches of {cfg.batch_size} × {cfg.block_size} "
-                         "tokens: lower --batch_size (a step keeps its --total_batch_size and is "
-                         f"the same){also}, or share the model with --parallel fsdp") from e
+                         "tokens: lower --batch_size (--total_batch_size sets the size of a step"
+                         f"){also}, or share the model with --parallel fsdp") from e
 
 # %% ../nbs/19_train.ipynb #2a11a264
 def told_to_stop(
@@ -456,7 +456,7 @@ def train(
     progress: bool = True, # show a progress bar
     get_data: Callable = open_data, # see `open_run`
     adapt: Callable | None = None, # see `open_run`
-) -> dict: # of the last validation; `step`, `seconds`, `sample`, `run`, and the signal `stopped`
+) -> dict: # the last validation, and `step`, `seconds`, `sample`, `run`, and the signal `stopped`
     "Train as `cfg` specifies. This is what `gpt2_train` and `torchrun -m gpt2_nb.train` run"
     parent = os.getppid()
     out = Path(cfg.out or f"runs/{cfg.preset}")
@@ -493,7 +493,7 @@ def finish(
         figure.savefig(run.out/"loss.png")
     if result["stopped"]:
         if run.dist.is_main:
-            print(f"stopped and saved {run.out} at step {run.step:,}; to go on, add --resume")
+            print(f"stopped and saved {run.out} at step {run.step:,}; to continue, add --resume")
         raise SystemExit(128 + result["stopped"])
     if not run.dist.is_main: return
 
