@@ -2,10 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 SLOW := .venv/.installed-slow
+DOCS := .venv/.installed-docs
+LAB := .venv/.installed-lab
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix model book-stats lab notebooks export readme clean
+.PHONY: help train test slow gpu matrix model book-stats lab lab-test docs notebooks export readme clean
 
 help:       ## list these targets
 	@awk -F '## ' '/^[a-z-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
@@ -39,6 +41,12 @@ book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter 
 lab: $(READY)    ## open JupyterLab on the notebooks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
 
+lab-test: $(LAB) ## run a chapter in JupyterLab in a headless Chromium and look at what a reader sees; ARGS="--out DIR"
+	@$(BIN)/python .ci/lab.py $(ARGS)
+
+docs: $(DOCS)    ## build the site from the notebooks as committed, in _site, and check its links
+	@$(BIN)/python .ci/docs/build.py
+
 notebooks: $(READY)  ## run every notebook top to bottom and save its outputs, package and README
 	@$(BIN)/python .ci/book.py run
 	@$(MAKE) --no-print-directory export readme
@@ -50,7 +58,7 @@ readme: $(READY) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/book.py readme
 
 clean:           ## remove the environment and what was built
-	rm -rf .venv .matrix build dist *.egg-info
+	rm -rf .venv .matrix _site build dist *.egg-info
 
 # torch first and by its pin, so that no later package pulls in another build of it
 $(READY): settings.ini setup.py constraints.txt
@@ -62,4 +70,12 @@ $(READY): settings.ini setup.py constraints.txt
 
 $(SLOW): $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,slow]"
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+$(LAB): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,lab]"
 	@touch $@

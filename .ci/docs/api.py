@@ -139,10 +139,10 @@ def code(text: str) -> str:
 
 def table(d: Definition) -> str:
     "The parameters of a definition, where there is something to say of them"
-    rows = [(code(name), code(kind), code(default), cell_text(note)) for name, kind, default, note in d.parameters]
-    if d.returns[0] and d.returns[0] != "None": rows.append(("*returns*", code(d.returns[0]), "", cell_text(d.returns[1])))
+    rows = [(code(name), cell_text(note), code(kind), code(default)) for name, kind, default, note in d.parameters]
+    if d.returns[0] and d.returns[0] != "None": rows.append(("*returns*", cell_text(d.returns[1]), code(d.returns[0]), ""))
     if not any(kind or note for _, kind, _, note in rows): return ""
-    lines = ["| parameter | type | default | meaning |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = ["| parameter | meaning | type | default |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 
@@ -164,6 +164,5 @@ def api_page(module: Module, titles: dict, blob: str) -> str:
     head = (f"Chapter: [{title}](../{module.page}.ipynb). "
             f"Source: [gpt2_nb/{module.name}.py]({blob}/gpt2_nb/{module.name}.py).")
     entries = [entry(d, module, title) for d in module.definitions]
-    # `no-index` is not set: entries are found by the search, under the module's name
     current = f"```{{py:module}} gpt2_nb.{module.name}\n```"
     return "\n\n".join([f"# {module.name}", current, module.doc, head, *entries]) + "\n"

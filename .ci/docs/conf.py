@@ -25,13 +25,13 @@ root_doc = "index"
 
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_code_prompt_show = "Show the code of this {type}"
-nb_code_prompt_hide = "Hide the code of this {type}"
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
 myst_enable_extensions = ["dollarmath", "html_image"]
 myst_heading_anchors = 4
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
-toc_object_entries = False
+toc_object_entries_show_parents = "hide"
 myst_heading_slug_func = "extension.jupyterlab_anchor"
 
 # --- the page
