@@ -4,6 +4,7 @@ READY := .venv/.installed
 SLOW := .venv/.installed-slow
 DOCS := .venv/.installed-docs
 LAB := .venv/.installed-lab
+NOTEBOOKS ?= nbs
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter 
 	@$(BIN)/python .ci/stats.py $(ARGS)
 
 lab: $(READY)    ## open JupyterLab on the notebooks
-	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
+	@PATH="$(abspath $(BIN)):$$PATH" jupyter lab --notebook-dir $(NOTEBOOKS) $(ARGS)
 
 lab-test: $(LAB) ## run a chapter in JupyterLab in a headless Chromium and look at what a reader sees; ARGS="--out DIR"
 	@$(BIN)/python .ci/lab.py $(ARGS)
