@@ -59,12 +59,14 @@ def check_collapsed() -> list[str]:
             if cell.cell_type != "code": continue
             where = f"{path.name}, cell {cell.id}"
             for name, tag in TAGS.items():
-                if hidden(cell, name) and not tagged(cell, name): found.append(f"{where} has {name} and no tag {tag}")
-                if tagged(cell, name) and not hidden(cell, name): found.append(f"{where} has the tag {tag} and no {name}")
+                in_lab, on_site = hidden(cell, name), tagged(cell, name)
+                if in_lab and not on_site: found.append(f"{where} has {name} and no tag {tag}")
+                if on_site and not in_lab: found.append(f"{where} has the tag {tag} and no {name}")
             if hidden(cell, "outputs_hidden") and not hidden(cell, "source_hidden"):
                 found.append(f"{where} hides its outputs and shows its source")
             if cell.id in solutions:
-                if not hidden(cell, "source_hidden"): found.append(f"{where} is an answer and is not collapsed")
+                if not hidden(cell, "source_hidden"):
+                    found.append(f"{where} is an answer and is not collapsed")
                 elif cell.outputs and not hidden(cell, "outputs_hidden"):
                     found.append(f"{where} is an answer and shows its outputs")
     return found

@@ -33,7 +33,7 @@ SETTINGS = {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
             "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 
-# --- the server ---------------------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------------
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -55,18 +55,21 @@ def jupyterlab(notebooks: Path, home: Path, lines: Path):
     "`make lab` on the notebooks of a folder; gives its address and its token"
     port, token = free_port(), secrets.token_hex(16)
     write_settings(home/"settings")
-    env = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(home/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home/"workspaces"),
-           "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython"),
-           "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-           "JUPYTER_TOKEN": token, "PYTHONDONTWRITEBYTECODE": "1"}
-    flags = ["--no-browser", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
-             "--ServerApp.port_retries=0"]
+    folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+               "JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, **{name: str(home/folder) for name, folder in folders.items()}, "JUPYTER_TOKEN": token,
+           "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    flags = ["--no-browser", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1",
+             f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     if os.geteuid() == 0: flags.append("--allow-root")
-    words = ["make", "--no-print-directory", "-C", str(ROOT), "-o", ".venv/.installed", "lab", f"NOTEBOOKS={notebooks}",
-             f"BIN={Path(sys.executable).parent}", f"ARGS={' '.join(flags)}"] # this Python's environment, as it is
+    # the environment of this Python, as it is
+    words = ["make", "--no-print-directory", "-C", str(ROOT), "-o", ".venv/.installed", "lab",
+             f"BIN={Path(sys.executable).parent}", f"NOTEBOOKS={notebooks}", f"ARGS={' '.join(flags)}"]
 
     with lines.open("w", encoding="utf-8") as output:
-        server = subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        server = subprocess.Popen(words, env=env, stdout=output, stderr=subprocess.STDOUT,
+                                  start_new_session=True) # so that all that make starts can be ended
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, lines)
             yield f"http://127.0.0.1:{port}", token
@@ -91,12 +94,13 @@ def wait_for(url: str, server, lines: Path, seconds: float = 120):
     end = time.time() + seconds
     while time.time() < end:
         if server.poll() is not None: break
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5): return
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            with urllib.request.urlopen(url, timeout=5): return
         time.sleep(0.5)
     sys.exit(f"JupyterLab did not start:\n{lines.read_text(encoding='utf-8')[-2000:]}")
 
 
-# --- the browser --------------------------------------------------------------------------------------------------
+# --- the browser ------------------------------------------------------------------------------------------
 
 def find_chromium() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -135,8 +139,8 @@ class Reader:
         idle = """() => {
             const panel = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden)');
             const status = panel?.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status;
-            const waiting = [...panel?.querySelectorAll('.jp-InputPrompt') ?? []].some(p => p.textContent.includes('*'));
-            return status === 'idle' && !waiting;
+            const prompts = [...panel?.querySelectorAll('.jp-InputPrompt') ?? []];
+            return status === 'idle' && !prompts.some(prompt => prompt.textContent.includes('*'));
         }"""
         self.page.wait_for_function(idle, timeout=seconds * 1000, polling=500)
 
@@ -157,7 +161,7 @@ class Reader:
         return self.panel.locator(".jp-Notebook .jp-Cell").last.locator(".jp-OutputArea").inner_text()
 
 
-# --- what is tested -----------------------------------------------------------------------------------------------
+# --- what is tested ---------------------------------------------------------------------------------------
 
 class Report:
     "Counts what passed and what failed"
@@ -177,9 +181,11 @@ def test_chapter(reader: Reader, report: Report, path: Path):
     count = reader.count(".jp-Notebook .jp-Cell")
     report.check("all cells are shown", count == len(cells), f"{count} of {len(cells)}")
     sources = reader.count(".jp-InputPlaceholder")
-    report.check("the sources marked as collapsed are collapsed, and no others", sources == folded[0] > 0, f"{sources} of {folded[0]}")
+    report.check("the sources marked as collapsed are collapsed, and no others", sources == folded[0] > 0,
+                 f"{sources} of {folded[0]}")
     outputs = reader.count(".jp-OutputPlaceholder")
-    report.check("the outputs marked as collapsed are collapsed, and no others", outputs == folded[1], f"{outputs} of {folded[1]}")
+    report.check("the outputs marked as collapsed are collapsed, and no others", outputs == folded[1],
+                 f"{outputs} of {folded[1]}")
     answers = reader.panel.locator("details:has(summary:text-matches('^Answer'))")
     closed = answers.evaluate_all("found => found.filter(answer => !answer.open).length")
     report.check("every answer is closed", closed == answers.count() > 0, f"{closed} of {answers.count()}")
@@ -195,7 +201,8 @@ def test_chapter(reader: Reader, report: Report, path: Path):
 
     errors = reader.panel.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], "
                                   ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
-    report.check("no cell ends in an error", errors.count() == 0, errors.first.inner_text()[-300:] if errors.count() else "")
+    report.check("no cell ends in an error", errors.count() == 0,
+                 errors.first.inner_text()[-300:] if errors.count() else "")
     code = [c for c in cells if c.cell_type == "code" and c.source.strip()]
     ran = reader.page.evaluate("""() => window.jupyterapp.shell.currentWidget.content.widgets.filter(
         cell => cell.model.type === 'code' && cell.model.executionCount > 0).length""")
@@ -205,7 +212,8 @@ def test_chapter(reader: Reader, report: Report, path: Path):
     expected = sum("image/png" in o.get("data", {}) for c in code for o in c.outputs)
     report.check("the plots are shown", plots == expected > 0, f"{plots} of {expected}")
     sources = reader.count(".jp-InputPlaceholder")
-    report.check("the sources are still collapsed after the run", sources == folded[0], f"{sources} of {folded[0]}")
+    report.check("the sources are still collapsed after the run", sources == folded[0],
+                 f"{sources} of {folded[0]}")
     reader.panel.locator(".jp-OutputArea-output img").first.scroll_into_view_if_needed()
     reader.shoot(f"{path.stem}-plot")
     answers.first.scroll_into_view_if_needed()
@@ -239,7 +247,8 @@ def test_help(reader: Reader, report: Report):
     report.check(f"{name}? shows its docstring", doc in text, "" if doc in text else text[:200])
     reader.shoot("help")
     text = reader.run_in_new_cell(f"{name}??")
-    report.check(f"{name}?? shows its parameters with their comments", comment in text, "" if comment in text else text[:200])
+    report.check(f"{name}?? shows its parameters with their comments", comment in text,
+                 "" if comment in text else text[:200])
 
     reader.command("notebook:insert-cell-below")
     reader.command("notebook:enter-edit-mode")
@@ -287,10 +296,12 @@ def shoot_chapters(reader: Reader, names: list[str]):
 def shoot_readme(page, out: Path):
     "README.md as a page, about as GitHub shows it"
     from markdown_it import MarkdownIt
-    body = MarkdownIt("gfm-like", {"linkify": False, "html": True}).render((ROOT/"README.md").read_text(encoding="utf-8"))
-    style = ("body { font: 16px/1.5 sans-serif; max-width: 860px; margin: 2rem auto; padding: 0 1rem; } img { max-width: 100%; } "
-             "table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: 6px 13px; } "
-             "pre { background: #f6f8fa; padding: 1rem; overflow: auto; font-size: 85%; } code { background: #f6f8fa; }")
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    body = MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(text)
+    style = """body { font: 16px/1.5 sans-serif; max-width: 860px; margin: 2rem auto; padding: 0 1rem; }
+               img { max-width: 100%; }
+               table { border-collapse: collapse; } td, th { border: 1px solid #ccc; padding: 6px 13px; }
+               pre, code { background: #f6f8fa; } pre { padding: 1rem; overflow: auto; font-size: 85%; }"""
     head = f"<!doctype html><meta charset='utf-8'><base href='{ROOT.as_uri()}/'><style>{style}</style>"
     with tempfile.TemporaryDirectory() as t:
         file = Path(t)/"README.html"
@@ -300,13 +311,13 @@ def shoot_readme(page, out: Path):
         page.screenshot(path=str(out/"README.png"), full_page=True)
 
 
-# --- the command --------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__)
-    parser.add_argument("chapter", nargs="?", default=CHAPTER, help=f"such as 02_attention; default {CHAPTER}")
+    parser.add_argument("chapter", nargs="?", default=CHAPTER, help=f"the chapter to run, by default {CHAPTER}")
     parser.add_argument("--out", type=Path, help="folder for pictures of what was seen")
-    parser.add_argument("--also", nargs="*", default=[], help="chapters of which pictures are made, too, without running them")
+    parser.add_argument("--also", nargs="*", default=[], help="chapters to make pictures of without running them")
     args = parser.parse_args()
     try: from playwright.sync_api import sync_playwright
     except ImportError: sys.exit("playwright is missing: pip install -c constraints.txt -e .[lab]")

@@ -1,4 +1,4 @@
-"""Pages of reference, one for each module, read from its source: signatures, docstrings and the comments of parameters."""
+"""Reference pages, one per module, read from its source: signatures, docstrings, comments of parameters."""
 import ast
 import io
 import re
@@ -55,7 +55,8 @@ def parameters(node: ast.FunctionDef, notes: dict) -> tuple[list, tuple]:
         if arg.arg in ("self", "cls"): continue
         line = (default or arg).end_lineno
         stars = "*" * (arg is a.vararg) + "**" * (arg is a.kwarg)
-        note = notes.get(line, "") if lines.count(arg.lineno) == 1 else "" # the comment of one parameter alone
+        alone = lines.count(arg.lineno) == 1 # else the comment is not about one parameter
+        note = notes.get(line, "") if alone else ""
         found.append((stars + arg.arg, ast.unparse(arg.annotation) if arg.annotation else "",
                       ast.unparse(default) if default else "", note))
     returned = ("", "")
@@ -67,8 +68,9 @@ def parameters(node: ast.FunctionDef, notes: dict) -> tuple[list, tuple]:
 
 def fields(node: ast.ClassDef, notes: dict) -> list:
     "The fields of a dataclass, with their comments"
-    return [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "", notes.get(n.end_lineno, ""))
-            for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    found = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return [(n.target.id, ast.unparse(n.annotation), ast.unparse(n.value) if n.value else "",
+             notes.get(n.end_lineno, "")) for n in found]
 
 
 def is_dataclass(node: ast.ClassDef) -> bool:
@@ -126,7 +128,7 @@ def read_module(path: Path) -> Module:
     return Module(path.stem, page, (ast.get_docstring(tree) or "").strip(), found)
 
 
-# --- pages --------------------------------------------------------------------------------------------------------
+# --- pages ------------------------------------------------------------------------------------------------
 
 def cell_text(text: str) -> str:
     "Text in a cell of a table"
@@ -139,11 +141,13 @@ def code(text: str) -> str:
 
 def table(d: Definition) -> str:
     "The parameters of a definition, where there is something to say of them"
-    rows = [(code(name), cell_text(note), code(kind), code(default)) for name, kind, default, note in d.parameters]
-    if d.returns[0] and d.returns[0] != "None": rows.append(("*returns*", cell_text(d.returns[1]), code(d.returns[0]), ""))
+    rows = [(code(name), cell_text(note), code(kind), code(default))
+            for name, kind, default, note in d.parameters]
+    kind, note = d.returns
+    if kind and kind != "None": rows.append(("*returns*", cell_text(note), code(kind), ""))
     if not any(kind or note for _, kind, _, note in rows): return ""
-    lines = ["| parameter | meaning | type | default |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
+    head = ["| parameter | meaning | type | default |", "|---|---|---|---|"]
+    return "\n".join(head + [f"| {' | '.join(row)} |" for row in rows])
 
 
 def directive(d: Definition, kind: str, body: list[str], fence: str) -> str:
@@ -155,7 +159,8 @@ def directive(d: Definition, kind: str, body: list[str], fence: str) -> str:
 def entry(d: Definition, module: Module, title: str) -> str:
     where = f"../{module.page}.html#gpt2_nb.{module.name}.{d.name}"
     source = f'<a class="defined" href="{where}">defined in {title}</a>'
-    methods = [directive(m, "method" if m.signature else "property", [m.doc, table(m)], "````") for m in d.methods]
+    methods = [directive(m, "method" if m.signature else "property", [m.doc, table(m)], "````")
+               for m in d.methods]
     return directive(d, d.kind, [d.doc, table(d), source, *methods], "`````")
 
 

@@ -40,7 +40,7 @@ def directives(source: str) -> dict:
     return dict(re.findall(r"^#\|[ \t]*([\w-]+):?[ \t]*(.*)$", source, re.M))
 
 
-# --- the parts of the book ----------------------------------------------------------------------------------------
+# --- the parts of the book --------------------------------------------------------------------------------
 
 def parts(index) -> dict[str, list[str]]:
     "The chapters of each part, read from the table in nbs/index.ipynb"
@@ -60,7 +60,8 @@ def parts(index) -> dict[str, list[str]]:
 
 def title(book) -> str:
     "The title of a chapter"
-    return next(m[1] for c in book.cells if c.cell_type == "markdown" and (m := re.search(r"^# (.+)$", c.source, re.M)))
+    text = "\n".join(c.source for c in book.cells if c.cell_type == "markdown")
+    return re.search(r"^# (.+)$", text, re.M)[1]
 
 
 def tables_of_contents(chapters: dict, titles: dict, modules: list[Module]) -> str:
@@ -74,7 +75,7 @@ def tables_of_contents(chapters: dict, titles: dict, modules: list[Module]) -> s
                        for part, entries in blocks)
 
 
-# --- the chapters -------------------------------------------------------------------------------------------------
+# --- the chapters -----------------------------------------------------------------------------------------
 
 def repository_link(target: str, blob: str) -> str:
     "The address in the repository of a file that is not a page of the site"
@@ -96,7 +97,8 @@ def convert_links(source: str, blob: str) -> str:
         return f"{match[2]}({repository_link(match[3], blob)})"
 
     def raw(match):
-        if is_page(match[2]): return match[0].replace(".ipynb", ".html") if "://" not in match[2] else match[0]
+        if "://" in match[2]: return match[0]
+        if is_page(match[2]): return match[0].replace(".ipynb", ".html")
         return f'{match[1]}"{repository_link(match[2], blob)}"'
 
     pieces = re.split(r"(^```.*?^```|`[^`\n]+`(?!\]))", source, flags=re.M | re.S) # code stays as it is
@@ -114,8 +116,10 @@ def prepare_chapter(path: Path, definitions: dict, blob: str):
     cells = []
     for cell in book.cells:
         if cell.cell_type == "markdown":
-            if cell.id == "contents": cell.source = cell.source.partition("\n\n")[2] # the page has its own neighbours
-            cell.source = convert_links(cell.source, blob)
+            if cell.id == "contents": # without the neighbours, which the page shows by itself
+                cell.source = cell.source.partition("\n\n")[2]
+            try: cell.source = convert_links(cell.source, blob)
+            except FileNotFoundError as e: sys.exit(f"{path.name}, cell {cell.id}: {e}")
         else:
             said = directives(cell.source)
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
@@ -136,11 +140,12 @@ def imports(book) -> dict[str, str]:
     for cell in book.cells:
         if cell.cell_type != "code": continue
         for module, names in re.findall(r"^from gpt2_nb\.(\w+) import (\([^)]*\)|.+)$", cell.source, re.M):
-            for name in re.findall(r"(\w+)(?:\s+as\s+(\w+))?", names): found[name[1] or name[0]] = (module, name[0])
+            for name, alias in re.findall(r"(\w+)(?:\s+as\s+(\w+))?", names):
+                found[alias or name] = (module, name)
     return found
 
 
-# --- the site -----------------------------------------------------------------------------------------------------
+# --- the site ---------------------------------------------------------------------------------------------
 
 def prepare(to: Path) -> dict:
     "Write what Sphinx reads; returns the parts of the book"
@@ -173,11 +178,12 @@ def prepare(to: Path) -> dict:
     data = dict(names=names, imports=imported, modules=[m.name for m in modules])
     (to/"names.json").write_text(json.dumps(data), encoding="utf-8")
     (to/"api").mkdir()
-    for module in modules: (to/"api"/f"{module.name}.md").write_text(api_page(module, titles, blob), encoding="utf-8")
+    for module in modules:
+        (to/"api"/f"{module.name}.md").write_text(api_page(module, titles, blob), encoding="utf-8")
     rows = [f"| [{m.name}]({m.name}.md) | {m.doc} | [{titles[m.page]}](../{m.page}.ipynb) |" for m in modules]
     toc = "\n".join(["```{toctree}", ":hidden:", "", *(m.name for m in modules), "```"])
-    text = ["# Modules", "Every public name of the package, with the comments of its parameters. Each entry leads to "
-            "the chapter in which the name is built and tested.",
+    text = ["# Modules", "Every public name of the package, with the comments of its parameters. Each entry "
+            "leads to the chapter in which the name is built and tested.",
             "\n".join(["| module | what it holds | chapter |", "|---|---|---|", *rows]), toc]
     (to/"api"/"index.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     if (NBS/"images").is_dir():
@@ -188,8 +194,9 @@ def prepare(to: Path) -> dict:
 
 def replace_site(new: Path, old: Path):
     "Put a new site in the place of an old one; a folder that is no site is left alone"
-    if old.exists() and not (old/".buildinfo").exists(): sys.exit(f"{old} exists and is not a site that Sphinx built")
-    if old.exists(): shutil.rmtree(old)
+    if old.exists():
+        if not (old/".buildinfo").exists(): sys.exit(f"{old} exists and is not a site that Sphinx built")
+        shutil.rmtree(old)
     shutil.copytree(new, old)
 
 
@@ -202,7 +209,8 @@ def build(site: Path = SITE) -> list[str]:
         words = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-c", str(HERE),
                  "-d", str(Path(t)/"doctrees"), str(source), str(out)]
         env = {**os.environ, "GPT2_NB_EXTRA": str(source/"extra")}
-        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
+        done = subprocess.run(words, env=env, **streams)
         found = [line.replace(f"{source}{os.sep}", "") for line in done.stdout.splitlines() if line.strip()]
         if done.returncode and not found: found = [f"Sphinx ended with {done.returncode}"]
         if not (out/"index.html").exists(): return found

@@ -1,4 +1,4 @@
-"""Find the links of a built site that lead nowhere: pages, anchors and pictures. Other sites are not asked."""
+"""Find the links of a built site that lead nowhere: pages, anchors, pictures. Other sites are not asked."""
 import argparse
 import sys
 from html.parser import HTMLParser
@@ -6,6 +6,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 SITE = Path(__file__).resolve().parent.parent.parent/"_site"
+
+LOADING = {"img", "script", "source", "iframe"} # elements that fetch what they name
+BADGES = (".svg",) # pictures that may come from the network: a reader without one does not miss them
 
 
 class Page(HTMLParser):
@@ -18,7 +21,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.anchors |= {attrs[name] for name in ("id", "name") if attrs.get(name)}
-        loads = tag in ("img", "script", "source", "iframe") or (tag == "link" and attrs.get("rel") != "canonical")
+        loads = tag in LOADING or (tag == "link" and attrs.get("rel") != "canonical")
         addresses = [attrs.get("href"), attrs.get("src"), *first_words(attrs.get("srcset"))]
         for address in filter(None, addresses):
             (self.loads if loads else self.links).append(address)
@@ -38,8 +41,7 @@ def dead_links(site: Path) -> list[str]:
         name = path.relative_to(site.resolve())
         for address in dict.fromkeys(page.links + page.loads):
             parts = urlsplit(address)
-            if parts.scheme or parts.netloc:
-                continue
+            if parts.scheme or parts.netloc: continue
             target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
             if target.is_dir(): target = target/"index.html"
             if not target.exists(): found.append(f"{name} links to {address}, which does not exist")
@@ -48,9 +50,6 @@ def dead_links(site: Path) -> list[str]:
         found += [f"{name} loads {address} from the network" for address in page.loads
                   if urlsplit(address).netloc and not address.endswith(BADGES)]
     return found
-
-
-BADGES = (".svg",) # badges of the first page, which a reader without a network does not miss
 
 
 def main():

@@ -30,6 +30,8 @@ def visit_display_math(self, node):
 
 # --- links from names to the cells that define them
 
+PROGRAMS = {"python", "torchrun"} # names in prose mean these, except where a function of that name is built
+
 
 def site_data(app) -> dict:
     "What `build.py` found in the modules and the chapters"
@@ -47,7 +49,8 @@ def resolve(data: dict, page: str, text: str) -> dict | None:
     if module: candidates = [d for d in candidates if d["module"] == module]
     else:
         own = [d for d in candidates if page in (d["page"], f"api/{d['module']}")]
-        candidates = own or candidates
+        if not own and name in PROGRAMS: return None
+        candidates = own or [d for d in candidates if name not in data["modules"] or d["module"] == name]
     return candidates[0] if len(candidates) == 1 else None
 
 
@@ -59,7 +62,8 @@ def up(page: str) -> str:
 def add_definitions(app, doctree):
     "Give the cells that define names their anchors, and link the names in the prose"
     data, page = site_data(app), app.env.docname
-    for cell in doctree.findall(lambda n: isinstance(n, nodes.container) and n.get("nb_element") == "cell_code"):
+    for cell in doctree.findall(nodes.container):
+        if cell.get("nb_element") != "cell_code": continue
         cell["ids"] += cell.get("cell_metadata", {}).get("defines", [])
 
     for literal in list(doctree.findall(nodes.literal)):
@@ -88,12 +92,13 @@ def link_code(app, page, template, context, doctree):
     def name(match):
         found = imported.get(match[2])
         if not found: return match[0]
-        where = f"{up(page)}{found['page']}.html#{found['id']}"
-        return f'{match[1]}<a class="definition" href="{where}" title="{found["help_html"]}">{match[2]}</a></span>'
+        where, text = f"{up(page)}{found['page']}.html#{found['id']}", found["help_html"]
+        return f'{match[1]}<a class="definition" href="{where}" title="{text}">{match[2]}</a></span>'
 
     def module(match):
         if match[2] not in modules: return match[0]
-        return f'{match[1]}<a class="definition" href="{up(page)}api/{match[2]}.html">gpt2_nb.{match[2]}</a></span>'
+        where = f"{up(page)}api/{match[2]}.html"
+        return f'{match[1]}<a class="definition" href="{where}">gpt2_nb.{match[2]}</a></span>'
 
     def block(match):
         html = re.sub(r'(?<!<span class="o">\.</span>)(<span class="n">)(\w+)</span>', name, match[0])
@@ -103,7 +108,8 @@ def link_code(app, page, template, context, doctree):
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", inline_renderers=(visit_math, None), block_renderers=(visit_display_math, None))
+    app.add_html_math_renderer("mathml", inline_renderers=(visit_math, None),
+                               block_renderers=(visit_display_math, None))
     app.connect("doctree-read", add_definitions)
     app.connect("html-page-context", link_code)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
