@@ -58,8 +58,8 @@ def jupyterlab(notebooks: Path, home: Path, lines: Path):
     folders = {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
                "JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "IPYTHONDIR": "ipython"}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, **{name: str(home/folder) for name, folder in folders.items()}, "JUPYTER_TOKEN": token,
-           "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, **{name: str(home/folder) for name, folder in folders.items()},
+           "JUPYTER_TOKEN": token, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
     flags = ["--no-browser", "--expose-app-in-browser", "--ServerApp.ip=127.0.0.1",
              f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     if os.geteuid() == 0: flags.append("--allow-root")
@@ -114,7 +114,7 @@ class Reader:
     def __init__(self, page, address: str, token: str, out: Path):
         self.page, self.address, self.token, self.out = page, address, token, out
 
-    def open(self, path: str):
+    def visit(self, path: str):
         self.page.goto(f"{self.address}/lab/tree/{path}?token={self.token}&reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120_000)
         self.page.wait_for_selector("#jupyterlab-splash", state="detached", timeout=60_000)
@@ -176,7 +176,7 @@ def test_chapter(reader: Reader, report: Report, path: Path):
     "Open a chapter as committed, look at what is collapsed, run it, and look again"
     cells = nbformat.read(path, as_version=4).cells
     folded = [sum(hidden(c, name) for c in cells) for name in ("source_hidden", "outputs_hidden")]
-    reader.open(path.name)
+    reader.visit(path.name)
     reader.shoot(f"{path.stem}-opened")
     count = reader.count(".jp-Notebook .jp-Cell")
     report.check("all cells are shown", count == len(cells), f"{count} of {len(cells)}")
@@ -283,7 +283,7 @@ def test_progress(reader: Reader, report: Report):
 def shoot_chapters(reader: Reader, names: list[str]):
     "Pictures of chapters as committed: their first screen, a plot, and their end"
     for name in names:
-        reader.open(f"{name}.ipynb")
+        reader.visit(f"{name}.ipynb")
         reader.shoot(f"{name}-top")
         images = reader.panel.locator(".jp-OutputArea-output img")
         if images.count():
@@ -315,9 +315,9 @@ def shoot_readme(page, out: Path):
 
 def main():
     parser = argparse.ArgumentParser(prog="lab.py", description=__doc__)
-    parser.add_argument("chapter", nargs="?", default=CHAPTER, help=f"the chapter to run, by default {CHAPTER}")
+    parser.add_argument("chapter", nargs="?", default=CHAPTER, help=f"what to run, by default {CHAPTER}")
     parser.add_argument("--out", type=Path, help="folder for pictures of what was seen")
-    parser.add_argument("--also", nargs="*", default=[], help="chapters to make pictures of without running them")
+    parser.add_argument("--also", nargs="*", default=[], help="chapters to look at without running them")
     args = parser.parse_args()
     try: from playwright.sync_api import sync_playwright
     except ImportError: sys.exit("playwright is missing: pip install -c constraints.txt -e .[lab]")

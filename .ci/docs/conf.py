@@ -53,6 +53,8 @@ html_theme_options = {
     "use_repository_button": True,
     "use_download_button": False,
     "use_fullscreen_button": False,
+    # a header, even an empty one, would take the buttons of the narrow screen for itself
+    **{f"navbar_{part}": [] for part in ("start", "center", "end", "persistent")},
     "home_page_in_toc": False,
     "show_navbar_depth": 1,
     "show_toc_level": 1,
