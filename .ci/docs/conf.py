@@ -20,6 +20,7 @@ language = "en"
 extensions = ["myst_nb", "sphinx.ext.githubpages", "extension"]
 exclude_patterns = ["extra"] # copied as it is
 root_doc = "index"
+smartquotes = False # they would turn the two dashes of a flag into one
 
 # --- the notebooks: as committed, never run
 
