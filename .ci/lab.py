@@ -21,7 +21,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
 sys.path.insert(0, str(ROOT/".ci"))
-from collapsed import hidden  # noqa: E402
+from collapsed import hidden
 
 CHAPTER = "02_attention"
 MODULE, FUNCTION = "core", "test_tensor" # whose help is asked for
@@ -255,8 +255,7 @@ def test_help(reader: Reader, report: Report):
     reader.page.keyboard.insert_text(f"{name}(")
     reader.page.keyboard.press("Shift+Tab")
     tooltip = reader.page.locator(".jp-Tooltip")
-    try: tooltip.wait_for(timeout=15_000)
-    except Exception: pass
+    with contextlib.suppress(Exception): tooltip.wait_for(timeout=15_000) # the check says what is missing
     shown = tooltip.inner_text() if tooltip.count() else ""
     report.check("Shift+Tab shows its docstring", doc in shown, "" if doc in shown else shown[:200])
     reader.shoot("tooltip")

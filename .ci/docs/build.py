@@ -23,7 +23,7 @@ NBS, LIB = ROOT/"nbs", ROOT/"gpt2_nb"
 SITE = ROOT/"_site"
 
 sys.path.insert(0, str(ROOT/".ci"))
-from collapsed import mend  # noqa: E402
+from collapsed import mend
 
 # Directives of nbdev that tell a reader something, and the tag that carries them to the site.
 SHOWN = {"export": "exported", "slow": "slow", "cuda": "cuda"}
