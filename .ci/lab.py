@@ -18,10 +18,10 @@ from pathlib import Path
 
 import nbformat
 
+from collapsed import hidden
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
-sys.path.insert(0, str(ROOT/".ci"))
-from collapsed import hidden
 
 CHAPTER = "02_attention"
 MODULE, FUNCTION = "core", "test_tensor" # whose help is asked for

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import nbformat
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from api import Module, api_page, read_module
 from check_links import dead_links
+from collapsed import mend
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NBS, LIB = ROOT/"nbs", ROOT/"gpt2_nb"
 SITE = ROOT/"_site"
-
-sys.path.insert(0, str(ROOT/".ci"))
-from collapsed import mend
 
 # Directives of nbdev that tell a reader something, and the tag that carries them to the site.
 SHOWN = {"export": "exported", "slow": "slow", "cuda": "cuda"}
