@@ -2,10 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 SLOW := .venv/.installed-slow
+DOCS := .venv/.installed-docs
+LAB := .venv/.installed-lab
+NOTEBOOKS ?= nbs
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix model headline gpt2 book-stats lab notebooks export readme hooks release-check clean
+.PHONY: help train test slow gpu matrix model headline gpt2 one-file mutants book-stats lab lab-test docs notebooks \
+  export readme hooks release-check clean
 
 help:       ## list these targets
 	@awk -F '## ' '/^[a-z0-9-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
@@ -46,7 +50,13 @@ book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter 
 	@$(BIN)/python .ci/stats.py $(ARGS)
 
 lab: $(READY)    ## open JupyterLab on the notebooks
-	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir nbs
+	@PATH="$(abspath $(BIN)):$$PATH" jupyter lab --notebook-dir $(NOTEBOOKS) $(ARGS)
+
+lab-test: $(LAB) ## run a chapter in JupyterLab in a headless Chromium and look at what a reader sees; ARGS="--out DIR"
+	@$(BIN)/python .ci/lab.py $(ARGS)
+
+docs: $(DOCS)    ## build the site from the notebooks as committed, in _site, and check its links
+	@$(BIN)/python .ci/docs/build.py
 
 notebooks: $(SLOW)  ## run the notebooks whose code changed (ARGS=--all: all) and save outputs, package and README
 	@$(BIN)/python .ci/book.py run $(ARGS)
@@ -68,7 +78,7 @@ release-check: $(READY)  ## build the wheel, install it alone, and try every com
 	@$(BIN)/python .ci/release.py $(ARGS)
 
 clean:           ## remove the environment and what was built
-	rm -rf .venv .matrix build dist *.egg-info
+	rm -rf .venv .matrix _site build dist *.egg-info
 
 # torch first and by its pin, so that no later package pulls in another build of it
 $(READY): settings.ini setup.py constraints.txt
@@ -80,4 +90,12 @@ $(READY): settings.ini setup.py constraints.txt
 
 $(SLOW): $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,slow]"
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,docs]"
+	@touch $@
+
+$(LAB): $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,lab]"
 	@touch $@
