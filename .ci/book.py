@@ -263,7 +263,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
 
 def check_encodings():
     "Text files are UTF-8 on every machine only where the code says so: Windows has another default"
-    files = sorted(LIB.glob("*.py")) + sorted((ROOT/".ci").glob("*.py"))
+    files = sorted(LIB.glob("*.py")) + sorted((ROOT/".ci").rglob("*.py"))
     sources = [(p.name, p.read_text(encoding="utf-8")) for p in files]
     for path in notebooks():
         cells = nbformat.read(path, as_version=4).cells
@@ -302,6 +302,12 @@ def check_fresh():
     "The outputs in a notebook are those of its code"
     from fresh import complaints
     return complaints()
+
+
+def check_collapsed():
+    "JupyterLab and the site collapse the same cells: set-up, answers, and what is marked"
+    from collapsed import check_collapsed
+    return check_collapsed()
 
 
 def check_one_file():
@@ -418,6 +424,7 @@ def check() -> int:
         "outputs are there and clean": check_outputs,
         "outputs are those of the code": check_fresh,
         "chapters list their sections": check_contents,
+        "collapsed cells are collapsed on both sides": check_collapsed,
         "modules import from lower numbers only": check_imports,
         "text files state their encoding": check_encodings,
         "settings.ini allows the torch that is tested": check_torch_range,

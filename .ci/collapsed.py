@@ -1,5 +1,6 @@
 """Collapsed cells of the chapters: what JupyterLab reads and what the site reads must agree."""
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
@@ -40,12 +41,21 @@ def answers(cells) -> list:
     return found
 
 
+def is_set_up(cell) -> bool:
+    "Whether a code cell names the module or does nothing but import"
+    if cell.cell_type != "code": return False
+    if cell.source.startswith("#| default_exp"): return True
+    try: body = ast.parse(re.sub(r"^[!%].*$", "pass", cell.source, flags=re.M)).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+
+
 def mend(cells):
-    "Collapse on both sides what is collapsed on one, and every answer with its outputs"
+    "Collapse on both sides what is collapsed on one, and set-up, and every answer with its outputs"
     for cell in cells:
         if cell.cell_type != "code": continue
         wanted = {name: hidden(cell, name) or tagged(cell, name) for name in TAGS}
-        if any(wanted.values()): collapse(cell, outputs=wanted["outputs_hidden"])
+        if any(wanted.values()) or is_set_up(cell): collapse(cell, outputs=wanted["outputs_hidden"])
     for cell in answers(cells): collapse(cell, outputs=bool(cell.outputs))
 
 
@@ -64,6 +74,8 @@ def check_collapsed() -> list[str]:
                 if on_site and not in_lab: found.append(f"{where} has the tag {tag} and no {name}")
             if hidden(cell, "outputs_hidden") and not hidden(cell, "source_hidden"):
                 found.append(f"{where} hides its outputs and shows its source")
+            if is_set_up(cell) and not hidden(cell, "source_hidden"):
+                found.append(f"{where} is set-up and is not collapsed")
             if cell.id in solutions:
                 if not hidden(cell, "source_hidden"):
                     found.append(f"{where} is an answer and is not collapsed")
