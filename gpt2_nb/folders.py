@@ -119,7 +119,7 @@ def choose_checkpoint(
     run: Path, # folder of a run
     which: str = "", # best, last or a step; empty for the best if it is comparable, else the last
 ) -> Path:
-    "Choose and check the checkpoint to open; a line on standard error if it is not the newest"
+    "Choose and check the checkpoint to open; print a note to stderr if it is not the newest"
     saved = {int(path.name): path for path in checkpoints(run)}
     if not saved: raise InputError(f"{str(run)!r} holds no checkpoint: looked for ckpt/STEP/")
     steps = preferred_steps(run, list(saved), which)
@@ -181,7 +181,7 @@ def run_of(
     path: Path, # folder of a run, or of one of its checkpoints
 ) -> tuple[Path, str]: # the run, and the step; empty if `path` is no checkpoint
     "Find the run to which a folder belongs"
-    for folder in (path.absolute(), path.resolve()): # `ckpt` may be a link
+    for folder in (path.absolute(), path.resolve()): # resolved too, as `ckpt` may be a link
         if len(folder.parents) < 2 or not (folder/"state.json").is_file(): continue
         run = folder.parents[1]
         if (run/"config.json").is_file(): return run, folder.name
@@ -282,7 +282,7 @@ def atomic_folder(
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     old = temporary.with_suffix(".old")
 
-    with new_folder(final.parent, ()):
+    with new_folder(final.parent, ()): # makes the folders above, and removes them after an error
         try:
             temporary.mkdir()
             yield temporary

@@ -63,7 +63,7 @@ def candidates(
 # %% ../nbs/07_generate.ipynb #48c75960
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor: # (B,)
     "Draw one id from each row of (B, V) probabilities, which need not sum to 1"
-    # MPS has no float64
+    # Apple's GPUs (mps) have no float64
     exact = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32
     ends = probs.to(exact).cumsum(-1) # (B, V)
     darts = torch.rand(len(probs), 1, device=probs.device, dtype=exact, generator=generator)
@@ -238,7 +238,7 @@ def generate(
     temperature: float = 1.0, # see `next_ids`
     top_k: int | None = None, # see `candidates`
     top_p: float | None = None, # see `candidates`
-    use_cache: bool = True, # False gives the same ids, but slowly
+    use_cache: bool = True, # False gives the same ids, but more slowly
     generator: torch.Generator | None = None, # on the model's device; its seed determines the text
     greedy: bool = False, # always take the likeliest token, whatever the temperature
     stop_token: int | None = None, # ends a row; in a tensor, also fills the rest of the row
