@@ -145,7 +145,7 @@ def check_readme(): return changed_by(sys.executable, "-c", "import sys; sys.pat
                                       "import book; book.write_readme(Path('.').resolve())" % str(ROOT/".ci"))
 
 
-SHOWS = re.compile(r"(?<![\w.])(print|display|plt\.show|show_\w+)\s*\(|\.(plot|imshow|bar|barh|scatter|hist|matshow)\(")
+SHOWS = re.compile(r"(?<![\w.])(print|display|plt\.show|show_\w+|picture)\s*\(|\.(plot|imshow|bar|barh|scatter|hist|matshow)\(")
 
 
 def should_show(source: str) -> bool:

@@ -46,7 +46,7 @@ def read_txt(
     while data := file.read(size):
         old = len(text)
         text += decode_part(decoder, data, file)
-        if text.find(EOT, max(0, old - len(EOT))) >= 0: # it may have begun in the last read
+        if text.find(EOT, max(0, old - len(EOT))) >= 0: # it may begin in what was kept
             *ended, text = text.split(EOT)
             for document in ended:
                 if document: yield starts, document
@@ -61,14 +61,14 @@ def read_txt(
 
 # %% ../nbs/09_documents.ipynb #4294b75b
 def read_jsonl(file) -> Iterator[tuple[bool, str]]: # always True, and the text
-    "One document per line, the string under `text` in a JSON object; `null` is an empty one"
+    "One document per line, the string under `text` in a JSON object; for `null`, an empty one"
     for number, line in enumerate(file, 1):
         if number == 1: line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip(): continue
         try: text = json.loads(line.decode("utf-8", "surrogateescape"))["text"]
         except (ValueError, RecursionError):
             raise InputError(f"{file.name}, line {number}: not a JSON object") from None
-        except (KeyError, TypeError): text = 0
+        except (KeyError, TypeError): text = 0 # not a string: raises below
 
         if not isinstance(text, str | None):
             raise InputError(f"{file.name}, line {number}: no text, expected a string "
@@ -177,7 +177,7 @@ class FileSource:
         digests = []
         for path in self.files:
             with reading(path): digests.append(sha256(path))
-        named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # for old manifests
+        named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # the old way
         if known == hashlib.sha256(named.encode()).hexdigest(): return known
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
@@ -278,7 +278,7 @@ def hub_commit(repo: str, given: str | None = None) -> str:
 
 # %% ../nbs/09_documents.ipynb #319487c4
 def open_source(
-    name, # shakespeare, fineweb-edu, fineweb, or a .txt, .jsonl or .parquet file or a folder
+    name, # shakespeare, fineweb-edu, fineweb, a file (.txt, .jsonl, .parquet) or a folder
     config: str = "sample-10BT", # which part of FineWeb
     commit: str | None = None, # of FineWeb; None for the newest
 ) -> "FileSource | HubSource":
@@ -300,7 +300,7 @@ def open_source(
     if path.suffix.lower() not in READERS:
         raise InputError(f"{name}: a file of unknown kind, expected {kinds}")
     if not path.is_file():
-        raise InputError(f"{name}: not a regular file, which a text must be: it is read twice")
+        raise InputError(f"{name}: not a regular file; a pipe will not do, as texts are read twice")
     return FileSource([path], READERS)
 
 # %% ../nbs/09_documents.ipynb #e54c0f51
@@ -357,7 +357,7 @@ def train_val_parts(
 
 # %% ../nbs/09_documents.ipynb #d8c28832
 def documents(source) -> list[str]: # blank ones are left out
-    "The whole documents of a source, or of a name as for `open_source`, in memory"
+    "The documents of a source, or of a name that `open_source` takes, each as one string"
     if isinstance(source, str | Path): source = open_source(source)
     joined = []
     for starts, text in source:

@@ -72,15 +72,16 @@ FORWARD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+" # wit
 START, CUT = "\ufdd0", "\ufdd1" # mark the start of a document, and a cut
 IS_SPACE = np.array([chr(c).isspace() for c in range(ord(CUT) + 1)])
 IS_SPACE[28:32] = False # white space in Python but not in Unicode
-IS_SPACE[ord(START)] = True # white space at the end of a document is not cut
+IS_SPACE[ord(START)] = True # so that white space before it, at a document's end, is not cut
 
 def cut_spaces(text: str) -> str: # the text with `CUT` inserted
     "Where something follows a run of white space, cut before the run's last character"
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     space = (codes == 32) | (codes - 9 < 5) # 9 to 13: unsigned, so 8 - 9 is large
     others = np.flatnonzero(codes > 127)
-    space[others] = IS_SPACE.take(codes[others], mode="clip") # no space lies beyond the table
+    space[others] = IS_SPACE.take(codes[others], mode="clip") # beyond the table: not a space
 
+    # two spaces and something else: the cut is before the second
     last = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
 
     edges = [0, *last.tolist(), len(text)]
@@ -88,7 +89,7 @@ def cut_spaces(text: str) -> str: # the text with `CUT` inserted
 
 # %% ../nbs/10_fineweb.ipynb #3b540c89
 class BulkEncoder:
-    "Encode documents in bulk, each after `<|endoftext|>`, with the same ids as the tokenizer"
+    "Encode documents in bulk, each after `<|endoftext|>`, into the ids that the tokenizer gives"
     def __init__(self, tokenizer: BPE):
         self.tokenizer, self.cut = tokenizer, tokenizer.n_vocab # a cut gets the first unused id
         self.engine = tiktoken.Encoding("bulk", pat_str=FORWARD, mergeable_ranks=tokenizer.ranks,
@@ -133,7 +134,7 @@ def encode_batch(encoder: BulkEncoder, batch: list) -> tuple[np.ndarray, Counter
 # %% ../nbs/10_fineweb.ipynb #f7333c15
 @lru_cache(maxsize=1)
 def bulk_encoder(tokenizer: BPE) -> BulkEncoder:
-    "The encoder of a tokenizer, kept for the next split"
+    "The encoder of a tokenizer, kept for the next call"
     return BulkEncoder(tokenizer)
 
 
@@ -212,7 +213,7 @@ def write_split(
     at = position.get("skip", 0) # ids of the first batch that are already in shards
     counts = Counter(position.get("counts", {}))
     for state, ids, odd in encode_batches(source, tokenizer, workers):
-        before, counts = counts, counts + odd
+        before, counts = counts, counts + odd # a resumed run counts this batch again
         while at < len(ids) and left:
             n = writer.add(ids[at:at + left])
             at, left = at + n, left - n
@@ -291,16 +292,16 @@ def write_shards(out: Path, manifest: Manifest, tokenizer: BPE, workers: int) ->
 
 # %% ../nbs/10_fineweb.ipynb #b256ed1b
 def check_separators(out: Path, known: Manifest | None, source):
-    "`InputError` for shards that took the `<|endoftext|>` of a text file for text"
+    "`InputError` for shards that treat the `<|endoftext|>` of a text file as text"
     files = source.files if isinstance(source, FileSource) else []
     only_txt = files and all(f.suffix.lower() == ".txt" for f in files)
     if known and only_txt and known.counts.get("endoftext_in_text"):
-        raise InputError(f"{out}: its shards took the {EOT} of a text file for text, and "
+        raise InputError(f"{out}: its shards treat the {EOT} of a text file as text, but "
                          "it now separates documents; take another folder")
 
 
 def prepare(
-    name, # shakespeare, fineweb-edu, fineweb, or a .txt, .jsonl or .parquet file or a folder
+    name, # shakespeare, fineweb-edu, fineweb, a file (.txt, .jsonl, .parquet) or a folder
     out, # folder for shards, manifest.json and tokenizer.json
     tokenizer: BPE,
     val_fraction: float = 0.1, # the last part of the characters is for validation
@@ -365,7 +366,7 @@ def fetch_shard(repo: str, commit: str, name: str, digest: str, out: Path) -> di
     entry = shard_entry(path)
     if entry["sha256"] == digest: return entry
     Path(path).unlink()
-    raise InputError(f"{path}: its SHA-256 is {entry['sha256']}, but the Hub says "
+    raise InputError(f"{path}: its SHA-256 is {entry['sha256']}, but the Hub gives "
                      f"{digest}; run the same command again")
 
 # %% ../nbs/10_fineweb.ipynb #609d918d
@@ -423,10 +424,11 @@ ODDITIES = dict(
 def print_summary(folder: str, manifest: Manifest):
     "Print a summary of a folder"
     for split, s in manifest.splits.items():
-        sizes = ", ".join(f"{s[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
+        counts = [(s["documents"], "document"), (s["tokens"], "token"), (s["bytes"], "byte")]
+        sizes = ", ".join(f"{n:,} {unit}{'s' * (n != 1)}" for n, unit in counts)
         print(f"{split}: {sizes} ({s['bytes'] / s['tokens']:.2f} bytes per token)")
 
-    odd = [f"{n:,} {ODDITIES.get(key, key)}" for key, n in manifest.counts.items() if n]
+    odd = [f"{ODDITIES.get(key, key)} ({n:,})" for key, n in manifest.counts.items() if n]
     if odd: print(f"in the source: {', '.join(odd)}")
     n, source = len(manifest.shards), manifest.source
     print(f"{folder}: {n} shards of {source}, all hashes match the manifest")

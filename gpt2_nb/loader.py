@@ -28,9 +28,9 @@ def cut_offsets(
     seed: int, # at least 0
     epoch: int, # from 0
 ) -> np.ndarray: # where the first window of each shard begins
-    "A random offset below `block_size` for each shard; one with room for a window keeps one"
+    "A random offset below `block_size` for each shard; a shard with room for a window keeps one"
     span = np.clip(np.asarray(lengths) - block_size, 1, block_size).astype(np.uint64)
-    bits = np.random.PCG64([seed, epoch, 0]).random_raw(len(span))
+    bits = np.random.PCG64([seed, epoch, 0]).random_raw(len(span)) # 0 for offsets, 1 for orders
     return (bits % span).astype(np.int64)
 
 # %% ../nbs/11_loader.ipynb #f84a3770
