@@ -5,7 +5,7 @@ SLOW := .venv/.installed-slow
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix model book-stats lab notebooks export readme clean
+.PHONY: help train test slow mutants gpu matrix model one-file book-stats lab notebooks export readme clean
 
 help:       ## list these targets
 	@awk -F '## ' '/^[a-z-]+:.*## / {split($$1, name, ":"); printf "  make %-14s  %s\n", name[1], $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ test: $(READY)   ## run every check and every notebook's tests
 
 slow: $(SLOW)    ## run the notebooks' tests with the slow ones
 	@$(BIN)/python .ci/book.py slow $(ARGS)
+
+mutants: $(READY)  ## make plausible mistakes one at a time, and print the test that catches each; ARGS="--list", "--only NAME", ...
+	@$(BIN)/python .ci/mutants.py $(ARGS)
 
 matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and torches; ARGS="--quick", "--rows 2,5" or "--list"
 	@$(BIN)/python .ci/matrix.py $(ARGS)
@@ -32,6 +35,9 @@ model: $(READY)  ## train the small model that the chapters use, in about 20 min
 	rm -f nbs/models/plays/*.json nbs/models/plays/merges.txt nbs/models/plays/model.safetensors
 	$(BIN)/gpt2_export --model runs/plays --out nbs/models/plays --dtype float16
 	cp runs/plays/log.jsonl nbs/runs/plays.jsonl
+
+one-file: $(READY)  ## write nbs/one_file/gpt2.py, a GPT-2 in one file, from the exported cells, and test that it is equal
+	@$(BIN)/python .ci/one_file.py
 
 book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module
 	@$(BIN)/python .ci/stats.py $(ARGS)

@@ -200,7 +200,7 @@ def work(name: str, root: Path, mutants: list[Mutant], limit: float, out: Path, 
     tmp, backup, report = root.parent/"tmp", root.parent/"backup", root.parent/"report.json"
     tmp.mkdir(exist_ok=True)
     tempfile.tempdir = str(tmp)
-    sink = open(os.devnull, "w") # what the cells print
+    sink = open(os.devnull, "wb") # what the cells print
     keep = os.dup(1)
     os.dup2(sink.fileno(), 1)
     os.dup2(sink.fileno(), 2)
@@ -277,12 +277,16 @@ def importers(chapter: str) -> list[str]:
     return found
 
 
+class BrokenChapter(Exception): pass
+
+
 def run_chapter(name: str, mutants: list[Mutant], limit: float) -> list[dict]:
     "The results of one chapter's mutants"
     versions = dict(python=platform.python_version(), torch=metadata.version("torch"))
     lines = start_worker(name, [m.name for m in mutants], limit)
     if broken := next((line for line in lines if "control" in line), None):
-        sys.exit(f"{name} fails without any mutant, in cell {broken['cell']}: {broken['line']} {broken['error']}")
+        raise BrokenChapter(f"{name} fails without any mutant, in cell {broken['cell']}: {broken['line']} "
+                            f"{broken['error']}; its mutants are not judged")
     found = {line["mutant"]: line for line in lines}
     results = []
     for m in mutants:
@@ -353,12 +357,16 @@ def main():
 
     known = saved()
     due = [m for m in mutants if args.again or known.get(m.name, {}).get("hash") != fingerprint(m)]
-    chapters = {}
+    chapters, broken = {}, []
     for m in due: chapters.setdefault(m.chapter, []).append(m)
     with ThreadPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run_chapter, name, group, args.limit) for name, group in chapters.items()]
         for job in jobs:
-            lines = job.result()
+            try: lines = job.result()
+            except BrokenChapter as e:
+                broken.append(str(e))
+                print(e, flush=True)
+                continue
             save(lines)
             for line in lines:
                 by = f"{line['caught_in']}, cell {line['cell']}" if line["caught_in"] else "SURVIVED"
@@ -367,7 +375,7 @@ def main():
     known = saved()
     alive = [m.name for m in mutants if not known.get(m.name, {}).get("caught_in")]
     print(f"\n{table(mutants)}\n\n{len(mutants) - len(alive)} of {len(mutants)} mutants are caught")
-    if alive: sys.exit(f"survived: {', '.join(alive)}")
+    if broken or alive: sys.exit("\n".join(broken + [f"not caught: {', '.join(alive)}"]))
 
 
 if __name__ == "__main__": main()
