@@ -28,8 +28,6 @@ from book import NBS, ROOT, copy_project, directives, notebooks, settings, why_s
 from mutant_list import MUTANTS
 
 RESULTS = NBS/"runs"/"mutants.jsonl"
-LATER = 2 # chapters that are tried after a mutant's own
-
 
 @dataclass(frozen=True)
 class Mutant:
@@ -73,7 +71,8 @@ def complaints() -> list[str]:
         for old, _ in m.changes:
             for where, text in ((m.chapter, code), (module_of(m.chapter).name, module)):
                 if (n := text.count(old)) != 1:
-                    found.append(f"mutant {m.name}: {old!r} occurs {n} times in {where}, expected once")
+                    found.append(f"mutant {m.name}: {old!r} occurs {n} times in {where}, "
+                                 "expected once")
     names = [m.name for m in mutants]
     found += [f"two mutants are called {name}" for name in sorted(set(names)) if names.count(name) > 1]
     for chapter in chapters:
@@ -99,7 +98,7 @@ def fingerprint(m: Mutant) -> str: # 16 hexadecimal digits
     return hashlib.sha256(repr([m.changes, sources]).encode()).hexdigest()[:16]
 
 
-# --- one chapter, in a process of its own ----------------------------------------------------------------------
+# --- one chapter, in a process of its own ----------------------------------------------------------
 
 class Chapter:
     "A chapter's cells in one IPython shell"
@@ -195,8 +194,15 @@ def run_child(chapter: Chapter, start: int, m: Mutant | None, limit: float, repo
     return found
 
 
-def work(name: str, root: Path, mutants: list[Mutant], limit: float, out: Path, mutated: Mutant | None):
-    "Run one chapter with its mutants; one line of JSON for each. `mutated`: one of an earlier chapter"
+def work(
+    name: str, # the chapter
+    root: Path, # of the copy of the project
+    mutants: list[Mutant], # of the chapter
+    limit: float, # seconds for each
+    out: Path, # where results go, as lines of JSON
+    mutated: Mutant | None, # of an earlier chapter, with which the chapter is run as a whole
+):
+    "Run one chapter with its mutants"
     tmp, backup, report = root.parent/"tmp", root.parent/"backup", root.parent/"report.json"
     tmp.mkdir(exist_ok=True)
     tempfile.tempdir = str(tmp)
@@ -210,7 +216,9 @@ def work(name: str, root: Path, mutants: list[Mutant], limit: float, out: Path, 
         caught[mutated.name] = run_child(chapter, 0, None, limit, report)
     places = {}
     for m in mutants:
-        own = [i for i, c in enumerate(chapter.cells) if is_exported(c) and any(old in c.source for old, _ in m.changes)]
+        texts = [old for old, _ in m.changes]
+        own = [i for i, c in enumerate(chapter.cells)
+               if is_exported(c) and any(text in c.source for text in texts)]
         places.setdefault(own[0], []).append(m)
 
     def write(values):
@@ -226,7 +234,7 @@ def work(name: str, root: Path, mutants: list[Mutant], limit: float, out: Path, 
                 finally: module.write_text(source, encoding="utf-8")
             cell = chapter.cells[found["index"]] if found else None
             section = heading(chapter.cells, found["index"]) if found else ""
-            last = max(last, found.get("index", chapter.run_these[-1]))
+            last = max(last, found.get("index", -1))
             write(dict(mutant=m.name, caught_in=name if found else "", cell=cell.id if found else "",
                        section=section, line=found.get("line", ""), error=found.get("error", ""),
                        seconds=round(time.time() - start, 1), index=found.get("index", -1)))
@@ -245,8 +253,8 @@ def work(name: str, root: Path, mutants: list[Mutant], limit: float, out: Path, 
     os._exit(0) # threads that a chapter left behind don't matter
 
 
-def start_worker(name: str, mutants: list[str], limit: float, mutated: str = "", stop: str = "") -> list[dict]:
-    "A chapter in a copy of the project; its lines"
+def start_worker(name: str, mutants: list[str], limit: float, mutated: str = "") -> list[dict]:
+    "Run a chapter in a copy of the project; the lines of its results"
     with tempfile.TemporaryDirectory() as t:
         root, out = Path(t)/ROOT.name, Path(t)/"out.jsonl"
         copy_project(root)
@@ -257,15 +265,17 @@ def start_worker(name: str, mutants: list[str], limit: float, mutated: str = "",
         env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
                "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(Path(t)/"tmp"), "TQDM_DISABLE": "1"}
         (Path(t)/"tmp").mkdir()
-        words = [sys.executable, __file__, "--work", name, "--root", root, "--out", out, "--limit", limit,
-                 "--names", ",".join(mutants), "--mutated", mutated]
+        words = [sys.executable, __file__, "--work", name, "--root", root, "--out", out,
+                 "--limit", limit, "--names", ",".join(mutants), "--mutated", mutated]
         done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True)
-        lines = [json.loads(x) for x in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
-        if done.returncode not in (0, 3): lines.append(dict(control=name, cell="", line="", error=done.stderr[-300:]))
+        text = out.read_text(encoding="utf-8") if out.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        if done.returncode not in (0, 3):
+            lines.append(dict(control=name, cell="", line="", error=done.stderr[-300:]))
         return lines
 
 
-# --- all of them ------------------------------------------------------------------------------------------------
+# --- all of them -----------------------------------------------------------------------------------
 
 def importers(chapter: str) -> list[str]:
     "Later chapters whose modules import this chapter's, the nearest first"
@@ -280,7 +290,7 @@ def importers(chapter: str) -> list[str]:
 class BrokenChapter(Exception): pass
 
 
-def run_chapter(name: str, mutants: list[Mutant], limit: float) -> list[dict]:
+def run_chapter(name: str, mutants: list[Mutant], limit: float, later_chapters: int) -> list[dict]:
     "The results of one chapter's mutants"
     versions = dict(python=platform.python_version(), torch=metadata.version("torch"))
     lines = start_worker(name, [m.name for m in mutants], limit)
@@ -291,7 +301,7 @@ def run_chapter(name: str, mutants: list[Mutant], limit: float) -> list[dict]:
     results = []
     for m in mutants:
         line = found[m.name]
-        for later in importers(name)[:LATER] if not line["caught_in"] else []:
+        for later in importers(name)[:later_chapters] if not line["caught_in"] else []:
             start = time.time()
             more = start_worker(later, [], limit, mutated=m.name)
             seconds = line["seconds"] + round(time.time() - start, 1)
@@ -305,7 +315,8 @@ def run_chapter(name: str, mutants: list[Mutant], limit: float) -> list[dict]:
 
 def saved() -> dict: # name -> its line
     if not RESULTS.exists(): return {}
-    return {line["mutant"]: line for line in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    return {line["mutant"]: line for line in map(json.loads, lines)}
 
 
 def save(new: list[dict]):
@@ -323,7 +334,8 @@ def table(mutants: list[Mutant]) -> str:
         if line is None: where, by = "not run", ""
         elif not line["caught_in"]: where, by = "SURVIVED", ""
         else:
-            where = line["section"] if line["caught_in"] == m.chapter else f"{line['caught_in']}: {line['section']}"
+            chapter = "" if line["caught_in"] == m.chapter else f"{line['caught_in']}: "
+            where = chapter + line["section"]
             test = line["line"] or line["error"]
             by = f"{line['cell']}: `{test[:70].replace('|', chr(92) + '|')}`"
         rows.append(f"| {m.chapter} | {m.what} | {where} | {by} |")
@@ -333,13 +345,15 @@ def table(mutants: list[Mutant]) -> str:
 def main():
     parser = argparse.ArgumentParser(prog="mutants.py", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="list the mutants, and run none")
-    parser.add_argument("--table", action="store_true", help="print the table of saved results, and run none")
+    parser.add_argument("--table", action="store_true", help="print the saved results, and run none")
     parser.add_argument("--only", default="", help="names of mutants, with commas between them")
-    parser.add_argument("--chapter", default="", help="chapters, such as 02_attention, with commas between them")
-    parser.add_argument("--again", action="store_true", help="also run mutants whose saved results are up to date")
+    parser.add_argument("--chapter", default="", help="chapters, such as 02_attention,03_model")
+    parser.add_argument("--again", action="store_true", help="also run mutants whose results are up to date")
     parser.add_argument("--jobs", type=int, default=1, help="chapters that run at the same time")
-    parser.add_argument("--limit", type=float, default=300, help="seconds after which a mutant's run is stopped")
-    for name in ("work", "root", "out", "names", "mutated"): parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--later", type=int, default=2, help="chapters to try if a mutant survives its own")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that a mutant may take")
+    for name in ("work", "root", "out", "names", "mutated"): # of a process that runs one chapter
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     mutants = all_mutants()
     if args.work:
@@ -350,7 +364,9 @@ def main():
     if args.only: mutants = [m for m in mutants if m.name in args.only.split(",")]
     if args.chapter: mutants = [m for m in mutants if m.chapter in args.chapter.split(",")]
     if not mutants: sys.exit("there is no such mutant: --list prints them")
-    if args.list: return print(*(f"{m.chapter:14}  {m.name:24}  {m.what}" for m in mutants), sep="\n")
+    if args.list:
+        for m in mutants: print(f"{m.chapter:14}  {m.name:20}  {m.what}")
+        return
     if args.table: return print(table(mutants))
     if os.name == "nt": sys.exit("mutants.py forks, and Windows has no fork: run it in WSL")
     if found := complaints(): sys.exit("\n".join(found))
@@ -360,7 +376,8 @@ def main():
     chapters, broken = {}, []
     for m in due: chapters.setdefault(m.chapter, []).append(m)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run_chapter, name, group, args.limit) for name, group in chapters.items()]
+        jobs = [pool.submit(run_chapter, name, group, args.limit, args.later)
+                for name, group in chapters.items()]
         for job in jobs:
             try: lines = job.result()
             except BrokenChapter as e:
@@ -370,7 +387,8 @@ def main():
             save(lines)
             for line in lines:
                 by = f"{line['caught_in']}, cell {line['cell']}" if line["caught_in"] else "SURVIVED"
-                print(f"{line['mutant']:28} {by:36} {line['seconds']:6.1f} s  {line['line'][:80]}", flush=True)
+                seconds = f"{line['seconds']:6.1f} s"
+                print(f"{line['mutant']:20} {by:36} {seconds}  {line['line'][:80]}", flush=True)
 
     known = saved()
     alive = [m.name for m in mutants if not known.get(m.name, {}).get("caught_in")]

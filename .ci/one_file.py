@@ -23,20 +23,23 @@ GROUPS = [
     ("The model", [("attention", "KVCache"), ("attention", "CausalSelfAttention"), ("model", "GPTConfig"),
                    ("model", "MLP"), ("model", "Block"), ("model", "mean_loss"), ("model", "init_weights"),
                    ("model", "Transformer"), ("model", "GPT")]),
-    ("The optimizer", [("optim", "param_groups"), ("optim", "make_optimizer"), ("optim", "SCHEDULES"), ("optim", "lr_at")]),
+    ("The optimizer", [("optim", "param_groups"), ("optim", "make_optimizer"),
+                       ("optim", "SCHEDULES"), ("optim", "lr_at")]),
     ("A step", [("step", "target_shares"), ("step", "train_step"), ("step", "bits_per_byte")]),
     ("The next token", [("generate", "candidates"), ("generate", "draw"), ("generate", "next_ids")]),
     ("Batches", [("loader", "shuffled"), ("loader", "cut_windows"), ("loader", "val_windows")]),
 ]
 
-# name -> (pattern, replacement, how often it fits; WORDS for comments and docstrings, which may be reworded)
+# name -> (pattern, replacement, how often it fits); WORDS: in comments and docstrings, which may change
 WORDS = -1
 MASK = r"^ +mask: torch\.Tensor.*\n"
 POS = r"^ +pos: torch\.Tensor.*\n"
 EDITS = {
-    "KVCache": [(r"^        B, H, room, D = self\.k\.shape\n", "", 1), (r"^        T = k\.shape\[2\]\n", "", 1),
+    "KVCache": [(r"^        B, H, room, D = self\.k\.shape\n", "", 1),
+                (r"^        T = k\.shape\[2\]\n", "", 1),
                 (r"self\.length \+ T$", "self.length + k.shape[2]", 1)],
-    "CausalSelfAttention": [(MASK, "", 1), (r"causal = mask is None and T > 1", "mask, causal = None, T > 1", 1),
+    "CausalSelfAttention": [(MASK, "", 1),
+                            (r"causal = mask is None and T > 1", "mask, causal = None, T > 1", 1),
                             (r", or to what the mask allows", "", WORDS)],
     "Block": [(MASK, "", 1), (r", cache, mask\)", ", cache)", 1)],
     "GPTConfig": [(r"^    padded_vocab_size: int.*\n", "", 1), (r"^    @property\n(.*\n)+", "", 1)],
@@ -345,7 +348,8 @@ def check_one_file() -> list[str]:
     if re.search(r"^\s*(from|import) +\.?gpt2_nb", text, re.M): bad.append("gpt2.py imports the package")
     long = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 100]
     if long: bad.append(f"gpt2.py: lines over 100 columns: {long}")
-    ruff = ["ruff", "check", "--no-cache", "--output-format", "concise", "--select", "F,E9,W", "--stdin-filename", "gpt2.py", "-"]
+    ruff = ["ruff", "check", "--no-cache", "--output-format", "concise", "--select", "F,E9,W",
+            "--stdin-filename", "gpt2.py", "-"]
     done = subprocess.run(ruff, input=text, capture_output=True, encoding="utf-8")
     bad += [line for line in done.stdout.splitlines() if re.match(r"\S+:\d+", line)]
     return bad + check_equal(text)
