@@ -342,6 +342,25 @@ def table(mutants: list[Mutant]) -> str:
     return "\n".join(rows)
 
 
+def summary(mutants: list[Mutant]) -> str:
+    "One sentence on the saved results, for the README"
+    lines = [line for m in mutants if (line := saved().get(m.name))]
+    caught = [line for line in lines if line["caught_in"]]
+    own = sum(line["caught_in"] == line["chapter"] for line in caught)
+    torch = ", ".join(sorted({line["versions"]["torch"] for line in lines}))
+    return (f"{len(caught)} of {len(mutants)} mistakes are caught, {own} of them by a test in the chapter "
+            f"where they were made (torch {torch}).")
+
+
+def check_mutants() -> list[str]:
+    "The mutants fit the chapters, and the saved results have all of them, caught"
+    known = saved()
+    missing = [m.name for m in all_mutants() if m.name not in known]
+    alive = [name for name, line in known.items() if not line["caught_in"]]
+    found = complaints() + [f"mutant {name} survives" for name in alive]
+    return found + [f"mutant {name} has no result: make mutants" for name in missing]
+
+
 def main():
     parser = argparse.ArgumentParser(prog="mutants.py", description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="list the mutants, and run none")
@@ -367,7 +386,7 @@ def main():
     if args.list:
         for m in mutants: print(f"{m.chapter:14}  {m.name:20}  {m.what}")
         return
-    if args.table: return print(table(mutants))
+    if args.table: return print(f"{summary(mutants)}\n\n{table(mutants)}")
     if os.name == "nt": sys.exit("mutants.py forks, and Windows has no fork: run it in WSL")
     if found := complaints(): sys.exit("\n".join(found))
 
@@ -392,7 +411,7 @@ def main():
 
     known = saved()
     alive = [m.name for m in mutants if not known.get(m.name, {}).get("caught_in")]
-    print(f"\n{table(mutants)}\n\n{len(mutants) - len(alive)} of {len(mutants)} mutants are caught")
+    print(f"\n{table(mutants)}\n\n{summary(mutants)}")
     if broken or alive: sys.exit("\n".join(broken + [f"not caught: {', '.join(alive)}"]))
 
 
