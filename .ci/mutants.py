@@ -200,7 +200,8 @@ def work(
     mutants: list[Mutant], # of the chapter
     limit: float, # seconds for each
     out: Path, # where results go, as lines of JSON
-    mutated: Mutant | None, # of an earlier chapter, with which the chapter is run as a whole
+    mutated: Mutant | None, # one with which the chapter is run as a whole; the package has it already
+    until: int, # run the unchanged chapter up to this cell, if it is not negative
 ):
     "Run one chapter with its mutants"
     tmp, backup, report = root.parent/"tmp", root.parent/"backup", root.parent/"report.json"
@@ -213,8 +214,9 @@ def work(
     chapter, last, caught = Chapter(name, root), -1, {}
 
     if mutated: # the package in `root` is that mutant's already
-        caught[mutated.name] = run_child(chapter, 0, None, limit, report)
-    places = {}
+        own = mutated if mutated.chapter == name else None
+        caught[mutated.name] = run_child(chapter, 0, own, limit, report)
+    last, places = max(last, until), {}
     for m in mutants:
         texts = [old for old, _ in m.changes]
         own = [i for i, c in enumerate(chapter.cells)
@@ -224,7 +226,7 @@ def work(
     def write(values):
         with open(out, "a", encoding="utf-8") as f: f.write(json.dumps(values) + "\n")
 
-    for i in chapter.run_these if mutants else []:
+    for i in chapter.run_these if mutants or until >= 0 else []:
         for m in places.get(i, []):
             module, start = module_of(name, root), time.time()
             source = module.read_text(encoding="utf-8")
@@ -253,7 +255,7 @@ def work(
     os._exit(0) # threads that a chapter left behind don't matter
 
 
-def start_worker(name: str, mutants: list[str], limit: float, mutated: str = "") -> list[dict]:
+def start_worker(name: str, mutants: list[str], limit: float, mutated="", until=-1) -> list[dict]:
     "Run a chapter in a copy of the project; the lines of its results"
     with tempfile.TemporaryDirectory() as t:
         root, out = Path(t)/ROOT.name, Path(t)/"out.jsonl"
@@ -263,16 +265,21 @@ def start_worker(name: str, mutants: list[str], limit: float, mutated: str = "")
             module = module_of(m.chapter, root)
             module.write_text(changed(module.read_text(encoding="utf-8"), m), encoding="utf-8")
         env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg",
-               "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(Path(t)/"tmp"), "TQDM_DISABLE": "1"}
+               "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(Path(t)/"tmp")}
         (Path(t)/"tmp").mkdir()
         words = [sys.executable, __file__, "--work", name, "--root", root, "--out", out,
-                 "--limit", limit, "--names", ",".join(mutants), "--mutated", mutated]
+                 "--limit", limit, "--names", ",".join(mutants), "--mutated", mutated, "--until", until]
         done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True)
         text = out.read_text(encoding="utf-8") if out.exists() else ""
         lines = [json.loads(line) for line in text.splitlines()]
         if done.returncode not in (0, 3):
             lines.append(dict(control=name, cell="", line="", error=done.stderr[-300:]))
         return lines
+
+
+def passes_until(name: str, last: int, limit: float) -> bool:
+    "Whether the unchanged chapter passes up to and with its cell `last`"
+    return start_worker(name, [], limit, until=last) == []
 
 
 # --- all of them -----------------------------------------------------------------------------------
@@ -301,10 +308,14 @@ def run_chapter(name: str, mutants: list[Mutant], limit: float, later_chapters: 
     results = []
     for m in mutants:
         line = found[m.name]
-        for later in importers(name)[:later_chapters] if not line["caught_in"] else []:
+        # from the top, for processes that the chapter started early have the unchanged package
+        for other in [name, *importers(name)[:later_chapters]] if not line["caught_in"] else []:
             start = time.time()
-            more = start_worker(later, [], limit, mutated=m.name)
-            seconds = line["seconds"] + round(time.time() - start, 1)
+            more = start_worker(other, [], limit, mutated=m.name)
+            if any("control" in part for part in more): raise BrokenChapter(f"{other}: {more}")
+            if more and not passes_until(other, more[0]["index"], limit):
+                raise BrokenChapter(f"{other} fails without any mutant; its mutants are not judged")
+            seconds = line["seconds"] + time.time() - start
             if more: line = line | more[0]
             line["seconds"] = round(seconds, 1)
             if more: break
@@ -371,6 +382,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="chapters that run at the same time")
     parser.add_argument("--later", type=int, default=2, help="chapters to try if a mutant survives its own")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a mutant may take")
+    parser.add_argument("--until", type=int, default=-1, help=argparse.SUPPRESS)
     for name in ("work", "root", "out", "names", "mutated"): # of a process that runs one chapter
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -378,7 +390,8 @@ def main():
     if args.work:
         by_name = {m.name: m for m in mutants}
         named = [by_name[n] for n in args.names.split(",") if n]
-        return work(args.work, Path(args.root), named, args.limit, Path(args.out), by_name.get(args.mutated))
+        return work(args.work, Path(args.root), named, args.limit, Path(args.out),
+                    by_name.get(args.mutated), args.until)
 
     if args.only: mutants = [m for m in mutants if m.name in args.only.split(",")]
     if args.chapter: mutants = [m for m in mutants if m.chapter in args.chapter.split(",")]
