@@ -404,7 +404,9 @@ def main():
     if found := complaints(): sys.exit("\n".join(found))
 
     known = saved()
-    due = [m for m in mutants if args.again or known.get(m.name, {}).get("hash") != fingerprint(m)]
+    settled = {name for name, line in known.items() if line["caught_in"]}
+    due = [m for m in mutants if args.again or m.name not in settled
+           or known[m.name]["hash"] != fingerprint(m)]
     chapters, broken = {}, []
     for m in due: chapters.setdefault(m.chapter, []).append(m)
     with ThreadPoolExecutor(args.jobs) as pool:
