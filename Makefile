@@ -23,6 +23,9 @@ test: $(READY)   ## run every check and every notebook's tests
 slow: $(SLOW)    ## run the notebooks' tests with the slow ones
 	@$(BIN)/python .ci/book.py slow $(ARGS)
 
+mutants: $(READY)  ## make plausible mistakes one at a time, and print the test that catches each; ARGS="--list", "--only NAME", ...
+	@$(BIN)/python .ci/mutants.py $(ARGS)
+
 matrix: $(READY) ## run tests on other instruction sets, threads, Pythons and torches; ARGS="--quick", "--rows 2,5" or "--list"
 	@$(BIN)/python .ci/matrix.py $(ARGS)
 
@@ -43,7 +46,7 @@ headline: $(READY)  ## compare the default recipe with nanoGPT's CPU quick start
 gpt2: $(READY)   ## run the chain of proof, greedy text and HellaSwag with OpenAI's 124M weights
 	@$(BIN)/python .ci/gpt2.py $(ARGS)
 
-one-file: $(READY)  ## write nbs/one_file/gpt2.py: model, generation, loader and training loop in one file
+one-file: $(READY)  ## write nbs/one_file/gpt2.py, a GPT-2 in one file, from the exported cells, and test that it is equal
 	@$(BIN)/python .ci/one_file.py
 
 book-stats: $(READY)  ## measure cells, lines, plots and tests of every chapter and module

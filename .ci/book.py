@@ -312,8 +312,14 @@ def check_collapsed():
 
 def check_one_file():
     "nbs/one_file/gpt2.py is what the package gives, and computes the same"
-    from one_file import complaints
-    return complaints()
+    from one_file import check_one_file
+    return check_one_file()
+
+
+def check_mutants():
+    "Every mistake of `make mutants` still changes one place of the code, and no recorded one has survived"
+    from mutants import check_mutants
+    return check_mutants()
 
 
 def check_gpt2():
@@ -430,6 +436,7 @@ def check() -> int:
         "settings.ini allows the torch that is tested": check_torch_range,
         "the house style is kept": check_style,
         "the one file is the package": check_one_file,
+        "mutants are caught": check_mutants,
         "make gpt2 finds its cells": check_gpt2,
         "nothing is imported or assigned in vain": check_lint,
         "a bare install imports, trains and generates": check_bare_install}))

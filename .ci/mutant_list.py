@@ -1,0 +1,508 @@
+"""The mistakes that `make mutants` makes, by chapter.
+
+Of each: a name, what is wrong in plain words, and texts in pairs, code and what replaces it.
+"""
+
+MUTANTS = {
+    "00_core": [
+        (
+            "dtype-ignored",
+            "`test_tensor` does not compare dtypes",
+            'assert a.dtype == b.dtype, f"dtypes differ: {a.dtype} and {b.dtype}"',
+            "pass",
+        ),
+        (
+            "numpy-unseeded",
+            "NumPy's generator is not seeded",
+            "    np.random.seed(seed)\n",
+            "    pass\n",
+        ),
+        (
+            "debris",
+            "a failed write leaves its temporary file behind",
+            "finally: temporary.unlink(missing_ok=True)",
+            "finally: pass",
+        ),
+        (
+            "open-limit",
+            "a limit that excludes its bound allows it",
+            '("above", gt, self.above)',
+            '("above", ge, self.above)',
+        ),
+    ],
+    "01_bpe": [
+        (
+            "heap-order",
+            "the queue of merges is not sorted, so the last pair comes first",
+            "heap = [r * n + i for i, r in enumerate(rank) if r is not None]\n    heapify(heap)",
+            "heap = [r * n + i for i, r in enumerate(rank) if r is not None]\n    heap.reverse()",
+        ),
+        (
+            "stale-count",
+            "a pair is merged although its count has changed",
+            "if self.counts[pair] == -count: return pair",
+            "return pair",
+        ),
+        (
+            "documents-joined",
+            "words are counted across the ends of documents",
+            "for document in text.split(EOT) for word",
+            "for document in [text] for word",
+        ),
+        (
+            "vocab-size",
+            "the number of ids leaves out `<|endoftext|>`",
+            "self.n_vocab = self.eot + 1",
+            "self.n_vocab = self.eot",
+        ),
+    ],
+    "02_attention": [
+        (
+            "no-root",
+            "scores are divided by the head's width, not by its root",
+            "scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)",
+            "scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=1 / q.shape[-1])",
+        ),
+        (
+            "mask-off-by-one",
+            "with a cache, each position sees one position of its future",
+            ".tril(past)",
+            ".tril(past + 1)",
+        ),
+        (
+            "heads-mixed",
+            "heads are cut across positions instead of channels",
+            "(t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts)",
+            "(t.reshape(B, self.n_head, T, -1) for t in parts)",
+        ),
+        (
+            "cache-position",
+            "the cache counts one position per call",
+            "self.length = end",
+            "self.length = start + 1",
+        ),
+        (
+            "dropout-in-eval",
+            "attention drops weights outside training too",
+            "self.dropout if self.training else 0.0",
+            "self.dropout",
+        ),
+    ],
+    "03_model": [
+        (
+            "exact-gelu",
+            "the exact GELU replaces GPT-2's approximation with tanh",
+            'approximate="tanh"',
+            'approximate="none"',
+        ),
+        (
+            "untied",
+            "the head's weights are a copy of the embedding",
+            "self.lm_head.weight = self.transformer.wte.weight",
+            "self.lm_head.weight = nn.Parameter(self.transformer.wte.weight.detach().clone())",
+        ),
+        (
+            "residual-scale",
+            "residual projections are scaled by the layers, not by twice as many",
+            "std=0.02 / (2 * cfg.n_layer)**0.5",
+            "std=0.02 / cfg.n_layer**0.5",
+        ),
+        (
+            "post-norm",
+            "LayerNorm comes after attention, as in GPT-1",
+            "x = x + self.attn(self.ln_1(x), cache, mask)",
+            "x = self.ln_1(x + self.attn(x, cache, mask))",
+        ),
+        (
+            "positions-from-0",
+            "positions start at 0 behind a cache",
+            "torch.arange(past, past + idx.shape[1]",
+            "torch.arange(0, idx.shape[1]",
+        ),
+        (
+            "ignored-counted",
+            "targets that are ignored count in the mean",
+            "(targets != ignore_index).sum().clamp(min=1)",
+            "targets.numel()",
+        ),
+    ],
+    "04_memory": [
+        (
+            "overflow",
+            "exponentials are taken without subtracting the maximum",
+            "    p -= p.amax(-1, keepdim=True)",
+            "    pass",
+        ),
+        (
+            "padding-scored",
+            "the padding of the vocabulary takes part in the softmax",
+            'cut[vocab_size:] = float("-inf")',
+            "cut[vocab_size:] = 0.0",
+        ),
+        (
+            "last-chunk",
+            "the gradient of the head is that of the last chunk alone",
+            "if wanted[1]: grad_w += p.t() @ a",
+            "if wanted[1]: grad_w = p.t() @ a",
+        ),
+    ],
+    "05_pretrained": [
+        (
+            "square-matrix",
+            "the square matrix `attn.c_proj` is not transposed",
+            '"attn.c_attn.weight", "attn.c_proj.weight", "mlp',
+            '"attn.c_attn.weight", "mlp',
+        ),
+        (
+            "bias-as-mask",
+            "the bias of `c_attn` is taken for a mask and left out",
+            'MASKS = ".attn.bias", ',
+            'MASKS = "attn.bias", "attn.c_attn.bias", ',
+        ),
+    ],
+    "06_folders": [
+        ("adapter-scale", "adapters are merged without their scale", "+ scale * B @ A", "+ B @ A"),
+        (
+            "hash-unchecked",
+            "the hashes of a checkpoint are not compared",
+            "if sha256(checkpoint/native_path(name)) != digest:",
+            "if not sha256(checkpoint/native_path(name)):",
+        ),
+        (
+            "oldest-first",
+            "the oldest checkpoint is tried first",
+            "sorted(steps, reverse=True)",
+            "sorted(steps)",
+        ),
+    ],
+    "07_generate": [
+        (
+            "top-p-one-few",
+            "top-p leaves out the token that reaches the threshold",
+            "best.cumsum(-1) - best >= top_p * total",
+            "best.cumsum(-1) >= top_p * total",
+        ),
+        (
+            "temperature",
+            "logits are multiplied by the temperature",
+            "logits = logits / temperature",
+            "logits = logits * temperature",
+        ),
+        (
+            "stale-cache",
+            "the cache is kept when the window moves",
+            "for cache in self.caches or []: cache.length = 0",
+            "self.seen = n - 1 if self.caches else self.seen",
+        ),
+        (
+            "eval-mode",
+            "all parts of a model are in training mode after generation",
+            "for m in training: m.training = True",
+            "model.train()",
+        ),
+    ],
+    "08_shards": [
+        (
+            "byte-order",
+            "ids are written with the high byte first",
+            'ids.astype("<u2", copy=False)',
+            'ids.astype(">u2", copy=False)',
+        ),
+        (
+            "bytes-counted",
+            "the header counts bytes instead of tokens",
+            "header[:3] = MAGIC, VERSION, len(ids)",
+            "header[:3] = MAGIC, VERSION, ids.nbytes",
+        ),
+        (
+            "half-a-digest",
+            "the quick hash of a shard leaves out its end",
+            "f.seek(max(0, n - size))",
+            "f.seek(0)",
+        ),
+    ],
+    "09_documents": [
+        (
+            "byte-order-mark",
+            "a byte order mark is read as text",
+            'codecs.getincrementaldecoder("utf-8-sig")()',
+            'codecs.getincrementaldecoder("utf-8")()',
+        ),
+        (
+            "cut-marker",
+            "a separator that lies across two reads is missed",
+            "text.find(EOT, max(0, old - len(EOT)))",
+            "text.find(EOT, old)",
+        ),
+        (
+            "resume-skips-one",
+            "reading goes on one document too late",
+            "islice(read(self.file), self.at[1], None)",
+            "islice(read(self.file), self.at[1] + bool(self.at[1]), None)",
+        ),
+    ],
+    "10_fineweb": [
+        (
+            "written-twice",
+            "after a kill, ids that are in a shard are written again",
+            'at = position.get("skip", 0)',
+            "at = 0",
+        ),
+        (
+            "empty-documents",
+            "empty documents get a separator",
+            "kept = [item for item in batch if not blank(item)]",
+            "kept = batch",
+        ),
+        (
+            "wrong-split",
+            "validation tokens are not cut off the training part",
+            "left = (limit or sys.maxsize) - begun",
+            "left = sys.maxsize - begun",
+        ),
+    ],
+    "11_loader": [
+        (
+            "same-windows",
+            "all ranks read the windows of the first",
+            "[rank * batch_size:(rank + 1) * batch_size]",
+            "[:batch_size]",
+        ),
+        (
+            "last-window",
+            "the last window is dropped where it fits exactly",
+            "np.maximum(lengths - 1 - self.offsets, 0)",
+            "np.maximum(lengths - 2 - self.offsets, 0)",
+        ),
+        (
+            "unshifted",
+            "the targets are the inputs",
+            "ids[:, 1:].astype(np.int64)",
+            "ids[:, :-1].astype(np.int64)",
+        ),
+        (
+            "one-order",
+            "each epoch has the same order",
+            "np.random.PCG64([seed, epoch, 1])",
+            "np.random.PCG64([seed, 1])",
+        ),
+        (
+            "last-state",
+            "the state of the loader stays where it began",
+            'self.epoch, self.position = state["epoch"], state["position"]\n    return x, y',
+            "return x, y",
+        ),
+    ],
+    "12_optim": [
+        (
+            "biases-decay",
+            "biases and norms decay",
+            "decay if p.ndim >= 2 and p not in embeddings else rest",
+            "decay if p not in embeddings else rest",
+        ),
+        ("embeddings-decay", "embeddings decay", "p.ndim >= 2 and p not in embeddings", "p.ndim >= 2"),
+        (
+            "warm-up",
+            "the first step of the warm-up has a learning rate of 0",
+            "learning_rate * (step + 1) / warmup_iters",
+            "learning_rate * step / warmup_iters",
+        ),
+        (
+            "floor",
+            "the schedule ends at 0 instead of `min_lr`",
+            "return min_lr + (learning_rate - min_lr) * left",
+            "return learning_rate * left",
+        ),
+    ],
+    "13_distributed": [
+        (
+            "no-all-reduce",
+            "the sum over ranks is this rank's own",
+            "    torch_dist.all_reduce(x)\n",
+            "    pass\n",
+        ),
+        (
+            "sync-inverted",
+            "gradients are averaged in each micro-batch but the last",
+            "isinstance(inner, DistributedDataParallel) and not on",
+            "isinstance(inner, DistributedDataParallel) and on",
+        ),
+        ("no-limit", "a limit of 0 scales all gradients to 0", 'max_norm or float("inf")', "max_norm"),
+    ],
+    "14_step": [
+        (
+            "undivided",
+            "micro-batches are added up without their shares",
+            "loss = loss * shares[i]",
+            "loss = loss * 1.0",
+        ),
+        (
+            "equal-shares",
+            "each micro-batch has the same share, however many targets it has",
+            "return counts * dist.world_size / total",
+            "return torch.ones_like(total) / len(batches) * (counts > -1)",
+        ),
+        (
+            "no-zero-grad",
+            "gradients are not set to zero after a step",
+            "    optimizer.zero_grad(set_to_none=True)\n",
+            "    pass\n",
+        ),
+        (
+            "clip-after-step",
+            "gradients are clipped after the step",
+            "norm = clip_grad_norm(model.parameters(), grad_clip)",
+            "norm = clip_grad_norm(model.parameters(), 0)",
+            "    optimizer.zero_grad(set_to_none=True)\n",
+            "    clip_grad_norm(model.parameters(), grad_clip)\n    optimizer.zero_grad(set_to_none=True)\n",
+        ),
+        (
+            "bits-per-token",
+            "the loss in bits is divided by tokens instead of bytes",
+            "/ math.log(2) / n_bytes",
+            "/ math.log(2) / n_tokens",
+        ),
+        (
+            "mean-of-means",
+            "the validation loss is the mean over batches, however long they are",
+            "(means @ torch.tensor(counts, dtype=torch.float64)).item() / n, n",
+            "means.mean().item(), n",
+        ),
+    ],
+    "15_hellaswag": [
+        (
+            "per-token",
+            "`acc_norm` in the harness's style divides by tokens instead of characters",
+            "[gap + ending for ending in endings], [len(ending) for ending in endings]",
+            "[gap + ending for ending in endings], None",
+        ),
+        ("branches-mixed", "an ending sees the endings before it", "causal & (trunk | same)", "causal"),
+        (
+            "branch-positions",
+            "positions count on from one ending to the next",
+            "np.arange(Tc, Tc + n), np.full(n, branch)",
+            "np.arange(end, end + n), np.full(n, branch)",
+        ),
+    ],
+    "16_checkpoint": [
+        (
+            "no-generators",
+            "a checkpoint leaves out the random generators",
+            'save_tensors(state | random_state(dist), temporary/"training", dist)',
+            'save_tensors(state, temporary/"training", dist)',
+        ),
+        (
+            "no-moments",
+            "a checkpoint leaves out the optimizer's state",
+            'save_tensors(state | random_state(dist), temporary/"training", dist)',
+            'save_tensors(random_state(dist), temporary/"training", dist)',
+        ),
+        (
+            "data-from-start",
+            "a resumed run reads its data from the start",
+            '    loader.load_state_dict(state["loader"])\n',
+            "    pass\n",
+        ),
+        (
+            "best-removed",
+            "the best checkpoint is removed with the old ones",
+            "if s < kept[0] and s != best:",
+            "if s < kept[0]:",
+        ),
+    ],
+    "17_runlog": [
+        (
+            "one-line-more",
+            "a resumed run keeps the line after its checkpoint",
+            'line.get("step", 0) <= step and not',
+            'line.get("step", 0) <= step + 1 and not',
+        ),
+        ("unflushed", "a line of the log stays in memory", "        self.file.flush()", "        pass"),
+        (
+            "skips-add-up",
+            "skipped steps are counted although others came between them",
+            "self.streak = self.streak + 1 if skipped else 0",
+            "self.streak += bool(skipped)",
+        ),
+    ],
+    "18_recipe": [
+        (
+            "too-many-sequences",
+            "each rank takes the sequences of all ranks",
+            "sequences = tokens // (T * world_size)",
+            "sequences = tokens // T",
+        ),
+        (
+            "val-one-few",
+            "validation leaves out its last target",
+            "ids[:cfg.val_tokens + 1]",
+            "ids[:cfg.val_tokens]",
+        ),
+        (
+            "warm-up-too-long",
+            "a warm-up that is longer than the run is accepted",
+            "cfg.warmup_iters > cfg.max_iters and not cfg.resume",
+            "cfg.warmup_iters > 2 * cfg.max_iters and not cfg.resume",
+        ),
+    ],
+    "19_train": [
+        (
+            "schedule-restarts",
+            "the schedule starts again when a run resumes",
+            "lr = lr_at(run.step, ",
+            "lr = lr_at(run.step - first, ",
+        ),
+        (
+            "resume-off-by-one",
+            "a resumed run counts one step too many",
+            "step = load_checkpoint(*found, model, optimizer, loader, dist) if found else 0",
+            "step = load_checkpoint(*found, model, optimizer, loader, dist) + 1 if found else 0",
+        ),
+        (
+            "stopped-unsaved",
+            "a run that is told to stop does not save its last step",
+            "(stopped or due(cfg.save_interval))",
+            "due(cfg.save_interval)",
+        ),
+    ],
+    "20_lora": [
+        (
+            "alpha-only",
+            "the correction is scaled by alpha alone",
+            "self.scale = alpha / r",
+            "self.scale = alpha",
+        ),
+        (
+            "b-drawn",
+            "both matrices of an adapter are drawn, so that it changes the model at once",
+            "B = torch.zeros(linear.out_features, r, **like)",
+            "B = torch.empty(linear.out_features, r, **like).normal_(std=0.02)",
+        ),
+        (
+            "unfrozen",
+            "the weights of the model are trained with the adapters",
+            "    model.requires_grad_(False)\n",
+            "    pass\n",
+        ),
+    ],
+    "21_finetune": [
+        (
+            "prompt-learnt",
+            "the loss counts the prompt",
+            "y = [-1] * len(request) + [*answer, tokenizer.eot]",
+            "y = [*request, *answer, tokenizer.eot]",
+        ),
+        (
+            "end-unlearnt",
+            "the end of an answer is not learnt",
+            "[*answer, tokenizer.eot]",
+            "[*answer, -1]",
+        ),
+        (
+            "room-lost",
+            "packing takes one place too much for each example",
+            "room[free - n].append(window)",
+            "room[max(free - n - 1, 0)].append(window)",
+        ),
+    ],
+}
