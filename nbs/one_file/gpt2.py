@@ -69,7 +69,7 @@ class CausalSelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    "The shape of a GPT-2, by default the 124M model's"
+    "The shape of a GPT-2, by default that of the 124M model; an impossible one raises `InputError`"
     vocab_size: int = 50257 # V, number of token ids
     block_size: int = 1024 # longest context, in tokens
     n_layer: int = 12 # L, number of blocks
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(cfg)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-        if cfg.padded_vocab_size: # now, so that padding does not change what was drawn
+        if cfg.padded_vocab_size: # zeros, so that padding draws no random numbers
             self.transformer.wte.weight = nn.Parameter(torch.zeros(cfg.vocab_rows, cfg.n_embd))
             self.transformer.wte.num_embeddings = cfg.vocab_rows
             self.lm_head.out_features = cfg.vocab_rows
