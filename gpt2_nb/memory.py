@@ -87,7 +87,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable # asking for a second derivative is an error
     def backward(ctx, factor):
         "Scale the gradients that `forward` has computed"
         grads = [None if g is None else g * factor for g in ctx.saved_tensors]
@@ -121,7 +121,7 @@ def linear_cross_entropy(
     chunk: int | None = None, # rows of logits at a time; None for `chunk_rows`
     fused: bool = True, # use PyTorch's own function where it is right; False for ours always
 ) -> torch.Tensor: # nats, in fp32; 0 if no target counts
-    "Mean cross-entropy of logits `x @ weight.T`, `chunk` rows at a time; for one backward pass"
+    "Mean cross-entropy of logits `x @ weight.T`, `chunk` rows at a time; differentiable once"
     x, targets = x.flatten(0, -2), targets.flatten() # (N, C), (N,)
     vocab_size = vocab_size or len(weight)
     chunk = chunk or chunk_rows(len(weight), x.shape[-1], logits_budget(x.device))

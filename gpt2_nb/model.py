@@ -20,7 +20,7 @@ from .attention import CausalSelfAttention, KVCache
 # %% ../nbs/03_model.ipynb #7405fb26
 @dataclass(frozen=True)
 class GPTConfig:
-    "The shape of a GPT-2, by default that of the 124M model; an impossible one raises `InputError`"
+    "The shape of a GPT-2, by default that of the 124M model; `InputError` if it cannot be built"
     vocab_size: int = 50257 # V, number of token ids
     block_size: int = 1024 # longest context, in tokens
     n_layer: int = 12 # L, number of blocks
