@@ -18,7 +18,7 @@ from .attention import KVCache
 # %% ../nbs/04_memory.ipynb #4f2cbdee
 def padded_logits(
     x: torch.Tensor, # (..., C)
-    weight: torch.Tensor, # (rows, C), of which the first `vocab_size` are ids
+    weight: torch.Tensor, # (rows, C); the first `vocab_size` rows belong to ids
     vocab_size: int, # V
 ) -> torch.Tensor: # (..., rows), minus infinity from `vocab_size` on
     "Scores of all ids, and minus infinity for the padding"
@@ -32,17 +32,17 @@ def padded_logits(
 def chunk_loss(
     p: torch.Tensor, # (n, V), logits in fp32; overwritten
     targets: torch.Tensor, # (n, 1), ids
-    counts: torch.Tensor, # (n, 1), 1 for a row that counts, else 0
+    counts: torch.Tensor, # (n, 1), 1.0 for a row that counts, else 0.0
     want_gradient: bool, # whether the second result is needed
 ) -> tuple[torch.Tensor, torch.Tensor]: # sum of the losses, and its gradient
     "Cross-entropy of a few rows, and its gradient in the place of their logits"
     p -= p.amax(-1, keepdim=True) # so that no exponential overflows
-    picked = p.gather(1, targets) # (n, 1)
+    picked = p.gather(1, targets) # (n, 1), the targets' logits
     norm = p.exp_().sum(-1, keepdim=True) # (n, 1), of all exponentials
     loss = ((norm.log() - picked) * counts).sum()
     if not want_gradient: return loss, p
 
-    p = p.mul_(counts / norm) # softmax, and 0 where nothing counts
+    p = p.mul_(counts / norm) # softmax, and 0 in rows that do not count
     if torch.compiler.is_compiling():
         is_target = torch.arange(p.shape[1], device=p.device) == targets # (n, V)
         return loss, torch.where(is_target, p - counts, p)
@@ -50,19 +50,19 @@ def chunk_loss(
 
 # %% ../nbs/04_memory.ipynb #feaf6985
 class ChunkedLoss(torch.autograd.Function):
-    "Sum of the losses of logits `x @ weight.T`, chunk by chunk, with gradients on the way"
+    "Summed loss of the logits `x @ weight.T`, chunk by chunk, with gradients on the way"
     @staticmethod
     def forward(
         ctx,
         x, # (N, C)
         weight, # (rows, C)
         targets, # (N,)
-        vocab_size, # rows of `weight` that are ids
+        vocab_size, # rows of `weight` that belong to ids
         ignore_index, # the target that does not count
-        chunk, # rows of logits at one time
-        wanted, # whether to compute the gradients of `x` and of `weight`
+        chunk, # rows of logits computed at a time
+        wanted, # two booleans: compute the gradient of `x`, of `weight`
     ):
-        "The sum; each chunk's gradients are computed while its logits are there"
+        "The sum; a chunk's gradients are computed while its logits are in memory"
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         w = weight.to(dtype)
@@ -87,9 +87,9 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable # asking for a second derivative is an error
     def backward(ctx, factor):
-        "Scale the gradients that are there already"
+        "Scale the gradients that `forward` has computed"
         grads = [None if g is None else g * factor for g in ctx.saved_tensors]
         return *grads, None, None, None, None, None # the other inputs have none
 
@@ -99,11 +99,11 @@ def chunk_rows(
     n_embd: int, # C
     budget: int, # bytes that logits in fp32 may take, as from `logits_budget`
 ) -> int:
-    "How many rows of logits to have at one time"
+    "How many rows of logits to compute at a time"
     return max(n_embd, budget // (4 * vocab_size))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result # torch.compile calls it once and keeps the number
 def logits_budget(
     device: torch.device,
 ) -> int: # bytes
@@ -116,12 +116,12 @@ def linear_cross_entropy(
     x: torch.Tensor, # (..., C), hidden states
     weight: torch.Tensor, # (rows, C), the head's matrix
     targets: torch.Tensor, # (...), ids
-    vocab_size: int | None = None, # V, rows of `weight` that are ids; None for all
+    vocab_size: int | None = None, # V, rows of `weight` that belong to ids; None for all
     ignore_index: int = -1, # the target that does not count
-    chunk: int | None = None, # rows of logits at one time; None for `chunk_rows`
-    fused: bool = True, # PyTorch's own function where it is right; False for ours
+    chunk: int | None = None, # rows of logits at a time; None for `chunk_rows`
+    fused: bool = True, # use PyTorch's own function where it is right; False for ours always
 ) -> torch.Tensor: # nats, in fp32; 0 if no target counts
-    "Mean cross-entropy of logits `x @ weight.T`, `chunk` rows at a time; for one backward pass"
+    "Mean cross-entropy of logits `x @ weight.T`, `chunk` rows at a time; differentiable once"
     x, targets = x.flatten(0, -2), targets.flatten() # (N, C), (N,)
     vocab_size = vocab_size or len(weight)
     chunk = chunk or chunk_rows(len(weight), x.shape[-1], logits_budget(x.device))
@@ -145,7 +145,7 @@ def checkpoint_block(
     cache: KVCache | None, # see `Block`
     mask: torch.Tensor | None, # see `Block`
 ) -> torch.Tensor: # (B, T, C)
-    "Run a block and in training keep only its input; assign it to `model.transformer.run_block`"
+    "Run a block, and keep only its input in training; assign it to `model.transformer.run_block`"
     if not block.training or not torch.is_grad_enabled() or cache is not None:
         return block(x, cache, mask)
     return checkpoint(block, x, cache, mask, use_reentrant=False)

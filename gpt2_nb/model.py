@@ -20,7 +20,7 @@ from .attention import CausalSelfAttention, KVCache
 # %% ../nbs/03_model.ipynb #7405fb26
 @dataclass(frozen=True)
 class GPTConfig:
-    "The shape of a GPT-2, by default the 124M model's; `InputError` if it cannot be built"
+    "The shape of a GPT-2, by default that of the 124M model; `InputError` if it cannot be built"
     vocab_size: int = 50257 # V, number of token ids
     block_size: int = 1024 # longest context, in tokens
     n_layer: int = 12 # L, number of blocks
@@ -33,10 +33,10 @@ class GPTConfig:
 
     @property
     def n_params(self) -> int:
-        "Number of parameters of such a model, found without building it"
+        "Number of parameters, found without building the model"
         C = self.n_embd
         embeddings = (self.vocab_rows + self.block_size) * C
-        blocks = self.n_layer * (12 * C * C + 13 * C)
+        blocks = self.n_layer * (12 * C * C + 13 * C) # matrices; biases and LayerNorms
         return embeddings + blocks + 2 * C # the last LayerNorm
 
     @property
@@ -124,7 +124,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor, # (B, T, C)
-        cache: KVCache | None = None, # this layer's positions before `x`
+        cache: KVCache | None = None, # keys and values of the positions before `x`
         mask: torch.Tensor | None = None, # see `CausalSelfAttention`
     ) -> torch.Tensor: # (B, T, C)
         "The residual stream after both branches have been added"
@@ -158,17 +158,17 @@ def init_weights(
 
 # %% ../nbs/03_model.ipynb #946068a6
 def check_range(
-    what: str, # a name for the message
+    what: str, # what the values are, for the message
     values: torch.Tensor, # integers
-    low: int, # the least that is allowed
-    high: int, # the most that is allowed
+    low: int, # smallest value allowed
+    high: int, # largest value allowed
 ):
     "On a CPU, raise `InputError` for a value out of range"
     if values.device.type != "cpu" or torch.compiler.is_compiling(): return
 
     least, most = values.aminmax()
     if least < low or most > high:
-        raise InputError(f"{what} run from {least} to {most}, and this model knows {low} to {high}")
+        raise InputError(f"{what} run from {least} to {most}, and only {low} to {high} are allowed")
 
 # %% ../nbs/03_model.ipynb #6c4a37f4
 WHOLE_NUMBERS = (torch.int64, torch.int32) # dtypes that an embedding can look up
@@ -182,7 +182,7 @@ def check_positions(
     "Raise `InputError` for positions that cannot be looked up"
     if not isinstance(pos, torch.Tensor) or pos.dtype not in WHOLE_NUMBERS:
         given = getattr(pos, "dtype", type(pos).__name__)
-        raise InputError(f"pos is {given}, and must be a tensor of torch.int64")
+        raise InputError(f"pos is of type {given}, and must be a tensor of torch.int64")
 
     if pos.shape not in (idx.shape, idx.shape[1:]):
         raise InputError(f"pos has shape {tuple(pos.shape)}, and must be (B, T) or (T,) "
@@ -194,7 +194,7 @@ def check_input(
     cfg: GPTConfig, # the model's shape
     idx: torch.Tensor, # (B, T), token ids
     past: int = 0, # positions that the cache holds
-    pos: torch.Tensor | None = None, # (B, T) or (T,); None for those that follow the past
+    pos: torch.Tensor | None = None, # (B, T) or (T,); None for those after `past`
 ):
     "Raise `InputError` for ids or positions that cannot be looked up"
     if not isinstance(idx, torch.Tensor) or idx.ndim != 2:
@@ -203,10 +203,10 @@ def check_input(
         raise InputError(f"idx {given}, and must be a tensor of shape (B, T)")
 
     if idx.dtype not in WHOLE_NUMBERS:
-        raise InputError(f"idx holds {idx.dtype}, and token ids are torch.int64")
+        raise InputError(f"idx holds {idx.dtype}, and token ids must be torch.int64")
     if idx.numel() == 0:
         raise InputError(f"idx holds no tokens (its shape is {tuple(idx.shape)}): "
-                         "the model needs one")
+                         "the model needs at least one")
     check_range("token ids", idx, 0, cfg.vocab_size - 1)
 
     if pos is not None: return check_positions(cfg, idx, pos)
@@ -225,7 +225,7 @@ def check_targets(
 
     if targets.shape != idx.shape or targets.dtype != torch.int64:
         raise InputError(f"targets are {targets.dtype} of shape {tuple(targets.shape)}, "
-                         f"and must be torch.int64 of shape {tuple(idx.shape)}, as idx")
+                         f"and must be torch.int64 of shape {tuple(idx.shape)}, like idx")
     check_range("targets", targets, -1, cfg.vocab_size - 1)
 
 # %% ../nbs/03_model.ipynb #2807bc0c
@@ -251,14 +251,14 @@ class Transformer(nn.Module):
         self,
         idx: torch.Tensor, # (B, T), token ids
         caches: list[KVCache] | None = None, # one per block: `idx` continues what they hold
-        pos: torch.Tensor | None = None, # (B, T) or (T,); None counts on from the caches
+        pos: torch.Tensor | None = None, # (B, T) or (T,); None continues from the caches
         mask: torch.Tensor | None = None, # as in `CausalSelfAttention`; None is causal
     ) -> torch.Tensor: # (B, T, C), after ln_f
         "The residual stream as the head reads it"
         past = caches[0].length if caches else 0
         check_input(self.cfg, idx, past, pos)
         if caches and len(caches) != len(self.h):
-            raise InputError(f"{len(caches)} caches were given, and there are {len(self.h)} blocks")
+            raise InputError(f"caches given: {len(caches)}; needed: {len(self.h)}, one per block")
 
         if pos is None: pos = torch.arange(past, past + idx.shape[1], device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(pos)) # (B, T, C)
@@ -278,7 +278,7 @@ class GPT(nn.Module):
         self.transformer = Transformer(cfg)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-        if cfg.padded_vocab_size: # now, so that padding does not change what was drawn
+        if cfg.padded_vocab_size: # zeros, so that padding draws no random numbers
             self.transformer.wte.weight = nn.Parameter(torch.zeros(cfg.vocab_rows, cfg.n_embd))
             self.transformer.wte.num_embeddings = cfg.vocab_rows
             self.lm_head.out_features = cfg.vocab_rows
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         pos: torch.Tensor | None = None, # see `Transformer`
         mask: torch.Tensor | None = None, # see `Transformer`
         *,
-        loss: Callable | None = None, # of (stream, head's matrix, targets, V); returns no logits
+        loss: Callable | None = None, # f(stream, head's matrix, targets, V); logits are then None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]: # logits (B, T, V) and mean loss in nats
         "Predict the token after every position"
         if targets is not None: check_targets(self.cfg, idx, targets) # before a cache is written
@@ -345,5 +345,5 @@ def flops_per_token(
     T: int, # tokens in a sequence
 ) -> int: # floating-point operations; a multiplication and an addition are two
     "FLOPs of the matrix products for one token, forward and backward, as PaLM counts them"
-    weights = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.vocab_rows * cfg.n_embd
+    weights = 12 * cfg.n_layer * cfg.n_embd**2 + cfg.vocab_rows * cfg.n_embd # blocks, head
     return 6 * weights + 12 * cfg.n_layer * cfg.n_embd * T

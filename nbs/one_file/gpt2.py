@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    "The shape of a GPT-2, by default the 124M model's"
+    "The shape of a GPT-2, by default that of the 124M model"
     vocab_size: int = 50257 # V, number of token ids
     block_size: int = 1024 # longest context, in tokens
     n_layer: int = 12 # L, number of blocks
