@@ -124,8 +124,8 @@ def compare_times(
 
 # %% ../nbs/00_core.ipynb #d323b8c5
 def has_fast_bf16(device: torch.device) -> bool:
-    "Whether `device` has bf16 hardware; `$GPT2_NB_FAST_BF16` (0 or 1) decides for a CPU"
-    if device.type == "cuda": return torch.cuda.get_device_capability(device)[0] >= 8 # Ampere on
+    "Whether `device` has bf16 hardware; for a CPU, `$GPT2_NB_FAST_BF16` (0 or 1) sets the answer"
+    if device.type == "cuda": return torch.cuda.get_device_capability(device)[0] >= 8 # since Ampere
     if device.type != "cpu": return False
     forced = os.environ.get("GPT2_NB_FAST_BF16")
     if forced: return forced == "1"
@@ -393,8 +393,8 @@ def run_command(f, spec):
     try:
         f(**parse_flags(spec))
         sys.stdout.flush()
-    except KeyboardInterrupt: sys.exit(130) # a shell's code for Ctrl-C, without a traceback
-    except BrokenPipeError: os._exit(141) # for SIGPIPE; `sys.exit` would write once more
+    except KeyboardInterrupt: sys.exit(130) # a shell's code for Ctrl-C; no traceback
+    except BrokenPipeError: os._exit(141) # and for SIGPIPE; `sys.exit` would write again
     except Exception as e:
         message = str(e) if isinstance(e, InputError) else out_of_resources(e)
         if not message: raise # a defect: show its traceback
