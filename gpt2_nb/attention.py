@@ -21,7 +21,7 @@ class KVCache:
         n_head: int, # H, heads
         max_len: int, # positions to make room for
         head_dim: int, # D, width of a head
-        device: torch.device | None = None, # where the model is
+        device: torch.device | None = None, # of the model
         dtype: torch.dtype | None = None, # of the keys and values
     ):
         self.k = torch.zeros(batch_size, n_head, max_len, head_dim, device=device, dtype=dtype)
@@ -33,10 +33,10 @@ class KVCache:
         k: torch.Tensor, # (B, H, T, D), keys of the next T positions
         v: torch.Tensor, # (B, H, T, D), their values
     ) -> tuple[torch.Tensor, torch.Tensor]: # keys and values of all positions so far, as views
-        "Store the next keys and values; `InputError` where they do not fit"
+        "Store the next keys and values; `InputError` if they do not fit"
         B, H, room, D = self.k.shape
         T = k.shape[2]
-        if k.shape != (B, H, T, D) or v.shape != k.shape: # or one row would be copied to all
+        if k.shape != (B, H, T, D) or v.shape != k.shape: # else one row could be copied to all
             raise InputError(f"keys of shape {tuple(k.shape)} and values of {tuple(v.shape)} "
                              f"do not fit a cache of {tuple(self.k.shape)}")
         start, end = self.length, self.length + T
@@ -53,9 +53,9 @@ class CausalSelfAttention(nn.Module):
     "Multi-head causal self-attention under GPT-2's parameter names"
     def __init__(
         self,
-        n_embd: int, # C, width of the residual stream
+        n_embd: int, # C, numbers at each position
         n_head: int, # H, heads; must divide `n_embd`, else `InputError`
-        dropout: float = 0.0, # probability of dropping a weight, and an output, in training
+        dropout: float = 0.0, # probability of setting a weight or an output to 0, in training
     ):
         super().__init__()
         if n_embd % n_head:
@@ -69,7 +69,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor, # (B, T, C)
-        cache: KVCache | None = None, # positions before `x`; those of `x` are added to it
+        cache: KVCache | None = None, # holds the positions before `x`; those of `x` are added
         mask: torch.Tensor | None = None, # (B, 1, T, S) bool, S = cached + T: True where allowed
     ) -> torch.Tensor: # (B, T, C)
         "Attend from every position to itself and all before it, or to what the mask allows"

@@ -41,12 +41,12 @@ import torch
 
 # %% ../nbs/00_core.ipynb #67a8614c
 def test_tensor(
-    a: torch.Tensor, # what the code under test gave
-    b: torch.Tensor, # what it should be
+    a: torch.Tensor, # the result to check
+    b: torch.Tensor, # the expected result
     tol: float = 1e-5, # largest allowed absolute difference
-    rtol: float = 0.0, # allowed on top of it, as a part of the largest finite value in `b`
+    rtol: float = 0.0, # allowed in addition, as a fraction of the largest finite |b|
 ):
-    "Test that shapes, dtypes and all values agree, these to within `tol` + `rtol` × max |b|"
+    "Test that shapes and dtypes are equal, and values agree to within `tol` + `rtol` × max |b|"
     assert a.shape == b.shape, f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}"
     assert a.dtype == b.dtype, f"dtypes differ: {a.dtype} and {b.dtype}"
 
@@ -54,12 +54,12 @@ def test_tensor(
     off = (a - b).abs().masked_fill(a == b, 0) # equal infinities are equal
     size = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 0.0
     allowed = tol + rtol * size
-    worst = off.max().item() if off.numel() else 0.0 # a NaN where a value is NaN, and that fails, too
+    worst = off.max().item() if off.numel() else 0.0 # NaN if a value is NaN: this fails, too
     assert worst <= allowed, f"largest difference {worst:.3g}, allowed {allowed:.3g}"
 
 # %% ../nbs/00_core.ipynb #d6cefa7e
 def test_raises(error: type[Exception], match: str, f, *args, **kwargs):
-    "Test that `f(*args, **kwargs)` raises `error` with `match` in its message, and print that"
+    "Test that `f(*args, **kwargs)` raises `error` with `match` in its message, and print it"
     try: f(*args, **kwargs)
     except error as e:
         assert match in str(e), f"the message {str(e)!r} does not contain {match!r}"
@@ -67,7 +67,7 @@ def test_raises(error: type[Exception], match: str, f, *args, **kwargs):
     else: raise AssertionError(f"no {error.__name__} was raised")
 
 # %% ../nbs/00_core.ipynb #6cec6d40
-def test_errors(error: type[Exception], cases: dict): # text of a message -> a function without arguments
+def test_errors(error: type[Exception], cases: dict): # part of a message -> a call to make
     "Test that each call raises `error` with its text in the message, and print the messages"
     for match, call in cases.items(): test_raises(error, match, call)
 
@@ -80,7 +80,7 @@ def seed_everything(seed: int): # not negative and below 2**32, NumPy's limit
 
 # %% ../nbs/00_core.ipynb #0b2da4c4
 class InputError(ValueError):
-    "What the user gave cannot be used; the message is one line and says what to do"
+    "The user's input cannot be used; the message is one line that explains what to do"
 
 # %% ../nbs/00_core.ipynb #3127a021
 def test_each_refused(function, cases: list[tuple]): # an argument, and what the message must contain
@@ -105,12 +105,13 @@ def pick_device(name: str = "auto") -> torch.device: # auto, cpu, cuda, cuda:N o
 # %% ../nbs/00_core.ipynb #6ab73c42
 def compare_times(
     fns: dict, # name -> function without arguments
-    repeats: int = 7, # timed rounds; each calls every function once
-    warmup: int = 1, # rounds before them that do not count
+    repeats: int = 7, # timed rounds, each of which calls every function once
+    warmup: int = 1, # rounds before them, which are not timed
 ) -> dict: # name -> median seconds
-    "Median seconds of each function, timed in turns so that drift of the machine hits all alike"
+    "Median seconds of each function, timed in turns so that a slow moment affects all alike"
     def nothing(): pass
-    finish = torch.cuda.synchronize if torch.cuda.is_available() else nothing # a GPU works on its own
+    # a call to a GPU returns before the GPU has finished
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else nothing
     seconds = {name: [] for name in fns}
     for i in range(warmup + repeats):
         for name, f in fns.items():
@@ -123,7 +124,7 @@ def compare_times(
 
 # %% ../nbs/00_core.ipynb #d323b8c5
 def has_fast_bf16(device: torch.device) -> bool:
-    "Whether `device` has units for bf16; for a CPU, `$GPT2_NB_FAST_BF16` (0 or 1) overrides it"
+    "Whether `device` has bf16 hardware; for a CPU, `$GPT2_NB_FAST_BF16` (0 or 1) sets the answer"
     if device.type == "cuda": return torch.cuda.get_device_capability(device)[0] >= 8 # since Ampere
     if device.type != "cpu": return False
     forced = os.environ.get("GPT2_NB_FAST_BF16")
@@ -143,8 +144,8 @@ def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype: # auto,
 # %% ../nbs/00_core.ipynb #c10e5b4f
 @contextmanager
 def atomic_write(path, mode: str = "wb"): # the final name, and a mode as for `open`
-    "Open a file that appears under `path` only once it is complete; on an error nothing is left"
-    path = Path(path).resolve() # of a link, the file that it points to
+    "Open a file that appears under `path` only once it is complete; after an error nothing is left"
+    path = Path(path).resolve() # for a link, the file that it points to
     text = {} if "b" in mode else dict(encoding="utf-8", newline="\n")
     if path.exists() and not path.is_file(): # a pipe or a device is written to, and never replaced
         with open(path, mode, **text) as f: yield f
@@ -155,7 +156,7 @@ def atomic_write(path, mode: str = "wb"): # the final name, and a mode as for `o
         with open(temporary, mode, **text) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno()) # or a power cut could leave the new name without the bytes
+            os.fsync(f.fileno()) # else a power cut could leave the new name without its contents
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
@@ -169,19 +170,19 @@ def sha256(path) -> str: # 64 hexadecimal digits
 
 # %% ../nbs/00_core.ipynb #8ce74ca3
 def posix_path(path: str | PurePath) -> str:
-    "A path as it is written into files, with `/` between its parts on every system"
+    "A path in the form that we write into files, with `/` between its parts on every system"
     if isinstance(path, PurePath): return path.as_posix()
     return path.replace(os.sep, "/")
 
 
 def native_path(path: str) -> str:
-    "A path from a file, for this system; on Linux and macOS one from Windows is understood, too"
+    "A path read from a file, in the form of this system, even if Windows wrote it"
     foreign = os.sep == "/" and "\\" in path and not Path(path).exists()
     return path.replace("\\", "/") if foreign else path
 
 # %% ../nbs/00_core.ipynb #df1b19bf
 def parse_json(text: str | bytes): # a dict, a list, a string, a number, a bool or None
-    "The value of a JSON text; `ValueError` for anything that is not one"
+    "The value of a JSON text; `ValueError` if it is not valid JSON"
     if isinstance(text, bytes): text = text.decode("utf-8")
     try: return json.loads(text.removeprefix("\ufeff"))
     except RecursionError: raise ValueError("nested too deeply") from None
@@ -189,10 +190,10 @@ def parse_json(text: str | bytes): # a dict, a list, a string, a number, a bool 
 # %% ../nbs/00_core.ipynb #2be98c23
 def known_fields(
     cls: type, # a dataclass
-    values, # what a file holds for it
-    where, # the file, for messages
+    values, # what was read from a file
+    where, # the name of the file, for messages
 ) -> dict: # the values that are fields of `cls`
-    "The part of `values` that `cls` can be made of; the rest is named on standard error"
+    "Keep the values that are fields of `cls`, and list the others on standard error"
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with the fields of {cls.__name__}")
 
@@ -205,10 +206,10 @@ def known_fields(
 # %% ../nbs/00_core.ipynb #c8f54b5f
 @contextmanager
 def new_folder(
-    folder: Path, # may exist
-    ours: tuple[str, ...], # names of what the caller writes into it
+    folder: Path, # may already exist
+    ours: tuple[str, ...], # names of the files and folders that the caller writes into it
 ):
-    "Make a folder with its parents; after an error remove what was made, and nothing else"
+    "Make a folder and its parents; after an error, remove what was made and nothing else"
     missing = [p for p in (folder, *folder.parents) if not p.exists()] # the innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,17 +223,17 @@ def new_folder(
             else: path.unlink(missing_ok=True)
         for path in missing:
             try: path.rmdir()
-            except OSError: break # somebody else's files are in it
+            except OSError: break # it holds somebody else's files
         raise
 
 # %% ../nbs/00_core.ipynb #33840900
 @contextmanager
 def lock_folder(
-    folder: Path, # exists
-    share: bool = False, # when the lock is ours, let others join
-    join: bool = False, # join the process that shares its lock
+    folder: Path, # must exist
+    share: bool = False, # once we hold the lock, let others join
+    join: bool = False, # join a process that shares its lock
 ):
-    "Keep other processes from writing into a folder; `InputError` where one is writing"
+    "Keep other processes from writing into a folder; `InputError` if one is writing"
     try: from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock # POSIX only; elsewhere there is no lock
     except ImportError: return (yield)
 
@@ -250,17 +251,17 @@ def lock_folder(
 
 # %% ../nbs/00_core.ipynb #066af7b4
 def cache_dir() -> Path:
-    "The folder for data: `$GPT2_NB_DATA`, else the platform's cache folder with `gpt2_nb` in it"
+    "The folder for data: `$GPT2_NB_DATA`, else `gpt2_nb` in the platform's cache folder"
     if given := os.environ.get("GPT2_NB_DATA"): return Path(given)
     try: home = Path.home()
-    except RuntimeError: return Path(tempfile.gettempdir())/"gpt2_nb" # as in some containers
+    except RuntimeError: return Path(tempfile.gettempdir())/"gpt2_nb" # in some containers
     if sys.platform == "darwin": return home/"Library/Caches/gpt2_nb"
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", home/"AppData/Local"))/"gpt2_nb"
     return Path(os.environ.get("XDG_CACHE_HOME", home/".cache"))/"gpt2_nb"
 
 # %% ../nbs/00_core.ipynb #ef6e3d69
-def wheel_files(package: str, suffix: str = "") -> list[Path]: # sorted; empty where it is not installed
+def wheel_files(package: str, suffix: str = "") -> list[Path]: # sorted; empty if it is not installed
     "Paths of an installed package's files that end with `suffix`, found without importing it"
     try: files = metadata.files(package) or []
     except metadata.PackageNotFoundError: return []
@@ -269,11 +270,11 @@ def wheel_files(package: str, suffix: str = "") -> list[Path]: # sorted; empty w
 
 # %% ../nbs/00_core.ipynb #d665feb9
 def flags_of(spec) -> dict: # name -> its `anno`, `default`, `docment` and `choices`
-    "The flags of a function, or of a dataclass and those that it inherits from"
-    sources = inspect.getmro(spec)[-2::-1] if is_dataclass(spec) else [spec] # the nearest class last
+    "The flags of a function, or of a dataclass and its parent classes"
+    sources = inspect.getmro(spec)[-2::-1] if is_dataclass(spec) else [spec] # parents first
     comments = {}
     for source in sources:
-        with suppress(OSError, TypeError): # a class that was written in a notebook
+        with suppress(OSError, TypeError): # some classes of a notebook have no source file
             comments |= re.findall(r"^ +(\w+)\s*:.*?# (.+)$", inspect.getsource(source), re.M)
 
     declared = fields(spec) if is_dataclass(spec) else []
@@ -288,12 +289,12 @@ def flags_of(spec) -> dict: # name -> its `anno`, `default`, `docment` and `choi
 
 # %% ../nbs/00_core.ipynb #0c8101b2
 class FlagParser(argparse.ArgumentParser):
-    "argparse with errors of one line, and with flags as `flags_of` gives them"
+    "An `argparse` parser with errors of one line, whose flags come from `flags_of`"
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
     def add_flag(self, name: str, flag):
-        "Add a flag; one that is not given stays absent from the result"
+        "Add a flag, which is in the result only if it was given"
         kind = flag.anno if flag.anno in (int, float) else str
         how = dict(type=kind, metavar=kind.__name__.upper())
         if flag.anno is bool: how = dict(action=argparse.BooleanOptionalAction)
@@ -306,10 +307,10 @@ class FlagParser(argparse.ArgumentParser):
 
 def parse_flags(
     spec, # a function or dataclass whose parameters have comments; each becomes a flag
-    argv: list[str] | None = None, # the words to parse; None takes the command line's
-    prog: str | None = None, # name in messages; None takes the program's own
+    argv: list[str] | None = None, # the words to parse; None: those of the command line
+    prog: str | None = None, # name in messages; None: the program's own
 ) -> dict: # the flags that were given, and only those
-    "Read command-line flags as `spec` names and annotates them"
+    "Read command-line flags by the names and annotations of `spec`"
     flags, about = flags_of(spec), (spec.__doc__ or "").split("\n")[0]
     parser = FlagParser(prog=prog or Path(sys.argv[0]).stem, description=about, allow_abbrev=False)
     for name, flag in flags.items(): parser.add_flag(name, flag)
@@ -327,14 +328,14 @@ def parse_flags(
 # %% ../nbs/00_core.ipynb #f0844c8d
 @dataclass(frozen=True)
 class Limit:
-    "What the value of a flag may be; a side that is None is open"
-    low: float | None = None # the least that is allowed
-    above: float | None = None # must be larger than this
-    high: float | None = None # the most that is allowed
-    below: float | None = None # must be smaller than this
-    choices: tuple = () # or one of these words
+    "The allowed values of a flag; a side that is None has no bound"
+    low: float | None = None # the smallest allowed value
+    above: float | None = None # the value must be larger than this
+    high: float | None = None # the largest allowed value
+    below: float | None = None # the value must be smaller than this
+    choices: tuple = () # the allowed words, for a flag that is not a number
 
-    def sides(self) -> list[tuple]: # words, comparison and bound of each side that is not open
+    def sides(self) -> list[tuple]: # words, comparison and bound of each side with a bound
         every = [("at least", ge, self.low), ("above", gt, self.above),
                  ("at most", le, self.high), ("below", lt, self.below)]
         return [side for side in every if side[2] is not None]
@@ -371,15 +372,15 @@ def choices_of(spec) -> dict[str, Limit]:
 
 # %% ../nbs/00_core.ipynb #72170c04
 def is_out_of_memory(e: BaseException) -> bool:
-    "Whether an exception means that a device's memory, or the computer's, was not enough"
+    "Whether an exception means that a device or the computer ran out of memory"
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)): return True
-    return isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e) # PyTorch's, on a CPU
+    return isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e) # PyTorch's on a CPU
 
 
-def out_of_resources(e: BaseException) -> str: # one line; empty where something else is wrong
-    "What to tell a user whose disk or memory was not enough"
+def out_of_resources(e: BaseException) -> str: # one line; empty if something else is wrong
+    "The message for a failure of the disk or a lack of memory"
     if is_out_of_memory(e):
-        return "out of memory: take a smaller model, a smaller batch, or a larger machine"
+        return "out of memory: use a smaller model, a smaller batch, or a larger machine"
     reasons = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up",
                errno.EFBIG: "the file became too large", errno.EROFS: "the disk is read-only",
                errno.EIO: "the disk failed"}
@@ -388,25 +389,25 @@ def out_of_resources(e: BaseException) -> str: # one line; empty where something
 
 
 def run_command(f, spec):
-    "Call `f` with the flags of the command line, and end the program if that fails for a known reason"
+    "Call `f` with the flags of the command line, and report known failures in one line"
     try:
         f(**parse_flags(spec))
         sys.stdout.flush()
-    except KeyboardInterrupt: sys.exit(130) # as a shell counts Ctrl-C, without a traceback
-    except BrokenPipeError: os._exit(141) # as it counts SIGPIPE; an orderly exit would write again
+    except KeyboardInterrupt: sys.exit(130) # a shell's code for Ctrl-C; no traceback
+    except BrokenPipeError: os._exit(141) # and for SIGPIPE; `sys.exit` would write again
     except Exception as e:
         message = str(e) if isinstance(e, InputError) else out_of_resources(e)
-        if not message: raise # a defect: its traceback is wanted
+        if not message: raise # a defect: show its traceback
         sys.exit(f"{Path(sys.argv[0]).stem}: error: {' '.join(message.splitlines())}")
 
 # %% ../nbs/00_core.ipynb #f283e6a0
 def forgiving_streams():
-    "Let standard output and standard error write what their encoding lacks as `\\u2014`"
+    "Make standard output and error escape what their encoding lacks, as in `\\u2014`"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 
 
-def cli(f=None, *, spec=None): # `spec`: a dataclass to read the flags off instead of `f`
+def cli(f=None, *, spec=None): # `spec`: a dataclass that defines the flags instead of `f`
     "Make `f` the command of its module: `f()` reads the command line, `f(x=1)` stays a plain call"
     if f is None: return partial(cli, spec=spec)
 
@@ -416,7 +417,7 @@ def cli(f=None, *, spec=None): # `spec`: a dataclass to read the flags off inste
         forgiving_streams()
         run_command(f, spec or f)
 
-    caller = sys._getframe(1).f_globals
+    caller = sys._getframe(1).f_globals # of the module that uses the decorator
     if caller.get("__name__") == "__main__" and "__file__" in caller: main()
     return main
 
@@ -424,8 +425,8 @@ def cli(f=None, *, spec=None): # `spec`: a dataclass to read the flags off inste
 def python(
     *words: str, # what follows `python` on the command line
     fails: bool = False, # whether the program must fail
-) -> str: # its standard output; of a program that must fail, its standard error
-    "Run Python in another process, on one thread, with this package in its path"
+) -> str: # its standard output, or its standard error if it must fail
+    "Run Python in another process, on one thread, with this package on its path"
     package = Path(util.find_spec("gpt2_nb").origin).resolve()
     path = os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
@@ -437,11 +438,11 @@ def python(
 
 
 def torchrun(
-    processes: int, # on this machine
+    processes: int, # how many, all on this machine
     *words: str, # the program, as for `python`
     fails: bool = False, # whether it must fail
     **flags, # its flags; True stands for a flag without a value
-) -> str: # as of `python`
+) -> str: # as from `python`
     "Run several processes of a program with PyTorch's launcher"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
@@ -451,8 +452,8 @@ def torchrun(
 def test_refusals(
     command, # a function that takes flags as keywords
     cases: list[tuple[dict, str]], # bad flags, and what the message must contain
-    **usual, # flags of all cases; a case may replace them
-) -> str: # how many there were
+    **usual, # flags for all cases; a case may replace them
+) -> str: # a summary
     "Test that bad input gives an `InputError` of one line and changes no file in the current folder"
     def files(): return {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in Path().rglob("*")}
 
@@ -467,8 +468,8 @@ def test_refusals(
     return f"{len(cases)} bad inputs, {len(cases)} errors of one line, nothing written"
 
 # %% ../nbs/00_core.ipynb #820d471b
-def story(out) -> list[dict]: # the lines of training, validation, HellaSwag and samples
-    "What the `log.jsonl` in a run's folder says, without speeds, times, paths and resumptions"
+def story(out) -> list[dict]: # the lines for training, validation, HellaSwag and samples
+    "The lines of a run's `log.jsonl`, without speeds, times, paths and resumptions"
     lines = (Path(out)/"log.jsonl").read_text(encoding="utf-8").splitlines()
     kinds = ("train", "val", "hellaswag", "sample")
     kept = [line for line in map(json.loads, lines) if line["kind"] in kinds]
@@ -482,7 +483,7 @@ COLOURS = {"blue": "#0072B2", "red": "#D55E00", "green": "#009E73", "pink": "#CC
 
 def plot_style():
     "Set matplotlib's defaults for this book: small, light, with the colours of Okabe and Ito"
-    import matplotlib.pyplot as plt # here, so that the package imports without drawing anything
+    import matplotlib.pyplot as plt # here, since only drawing needs it
     plt.rcParams.update({
         "figure.figsize": (6.4, 3.4), "figure.dpi": 90, "savefig.dpi": 110,
         "figure.constrained_layout.use": True,
@@ -494,7 +495,7 @@ def plot_style():
 
 # %% ../nbs/00_core.ipynb #d7b19fcf
 class Drawing:
-    "A white sheet for boxes, rows of cells, arrows and words; 14 units are as wide as a page"
+    "A white sheet for boxes, rows of cells, arrows and words; 14 units fill the width of a page"
 
     def __init__(self, width: float, height: float, title: str = ""):
         import matplotlib.pyplot as plt
@@ -507,22 +508,22 @@ class Drawing:
         self.ax.axis("off")
 
     def text(self, x: float, y: float, words: str, color: str = "#333333", size: float = 9, **kw):
-        "Words centred on a place; `color` is one of `COLOURS` or of matplotlib's"
+        "Write words centred on a point; `color` is one of `COLOURS` or of matplotlib's"
         style = {"fontsize": size, "ha": "center", "va": "center"}
         return self.ax.text(x, y, words, color=COLOURS.get(color, color), **(style | kw))
 
     def box(
         self,
-        x: float, # of its centre
+        x: float, # of the centre
         y: float,
         words: str = "",
         width: float = 2,
         height: float = 0.9,
         color: str = "blue",
-        fill: float = 0.2, # from 0, an outline, to 1, the full colour
+        fill: float = 0.2, # from 0 (only an outline) to 1 (the full colour)
         **kw, # for `text`
     ): # a patch, for `arrow`
-        "A box with words in it"
+        "Draw a box with words in it"
         from matplotlib.colors import to_rgba
         from matplotlib.patches import FancyBboxPatch
         edge = COLOURS.get(color, color)
@@ -535,16 +536,16 @@ class Drawing:
 
     def row(
         self,
-        x: float, # of its left edge
-        y: float, # of its middle
+        x: float, # of the left edge
+        y: float, # of the middle
         words: list, # one text per box
         width: float = 0.9, # of each box
         height: float = 0.7,
-        color: str | list = "blue", # of all boxes, or a list of one for each
+        color: str | list = "blue", # of all boxes, or a list with one per box
         fill: float | list = 0.2,
         **kw, # for `text`
     ) -> list: # the boxes
-        "Boxes that touch"
+        "Draw a row of boxes that touch"
         n = len(words)
         colors = color if isinstance(color, list) else [color] * n
         fills = fill if isinstance(fill, list) else [fill] * n
@@ -554,14 +555,14 @@ class Drawing:
 
     def arrow(
         self,
-        start, # a box, or a place (x, y)
+        start, # a box, or a point (x, y)
         end,
-        words: str = "", # above its middle
+        words: str = "", # written above its middle
         color: str = "#555555",
-        bend: float = 0, # positive: to the right of its direction
+        bend: float = 0, # positive bends to the right of its direction
         dashed: bool = False,
     ):
-        "An arrow from edge to edge"
+        "Draw an arrow from the edge of one box to the edge of another"
         from matplotlib.patches import Patch
         ends = {name: p for name, p in (("patchA", start), ("patchB", end)) if isinstance(p, Patch)}
         style = dict(arrowstyle="-|>", connectionstyle=f"arc3,rad={bend}", shrinkA=2, shrinkB=2,
