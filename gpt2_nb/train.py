@@ -373,7 +373,7 @@ def check_skips(
 def out_of_patience(
     run: Run,
 ) -> bool:
-    "Whether the last `patience` validations brought no new best; the same before and after a resume"
+    "Whether the last `patience` validations brought no new best, also across a resume"
     if not run.cfg.patience: return False
     step = broadcast_object(read_best(run.out)["step"], run.dist) # the first rank wrote it
     return step is not None and run.step - step >= run.cfg.patience * run.cfg.eval_interval
