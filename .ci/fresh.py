@@ -56,7 +56,7 @@ def hashes(cells) -> dict[str, str]:
 def stamp(book, quick: bool = False):
     "Note in a notebook that its outputs were made now; a quick run leaves those of slow cells as they were"
     new = hashes(book.cells)
-    if quick: new["slow"] = book.metadata.get(KEY, {}).get("slow", "")
+    if quick and new["slow"] != digest([]): new["slow"] = book.metadata.get(KEY, {}).get("slow", "")
     book.metadata[KEY] = new
 
 
