@@ -69,7 +69,7 @@ def save_tensors(
     writer = HuggingFaceStorageWriter(
         str(folder), save_distributed=several, enable_consolidation=several and bool(file))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is") # a warning that only one process saves
+        warnings.filterwarnings("ignore", "torch.distributed is") # only one process saves
         dcp.save(tensors, storage_writer=writer, no_dist=not several)
 
     if dist.is_main and file:
@@ -227,7 +227,7 @@ def load_checkpoint(
     last, beyond = f"rng.{dist.world_size - 1}.cpu", f"rng.{dist.world_size}.cpu"
     as_many_ranks = last in saved and beyond not in saved
     rng = random_state(dist) if as_many_ranks else {}
-    rng = {name: t for name, t in rng.items() if name in saved} # a run on CPUs has saved none for CUDA
+    rng = {name: t for name, t in rng.items() if name in saved} # CPUs saved none for CUDA
 
     load_tensors(weights, path, dist)
     load_tensors(moments | rng, path/"training", dist)

@@ -45,7 +45,7 @@ class Dist:
 
 # %% ../nbs/13_distributed.ipynb #eb81e614
 def launched() -> tuple[int, int, int]: # rank, rank on this machine, processes in all
-    "The ranks and the world size that `torchrun` set in the environment; 0, 0, 1 without a launcher"
+    "Ranks and world size that `torchrun` set in the environment; 0, 0, 1 without a launcher"
     found = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     if found["WORLD_SIZE"] in ("", "1"): return 0, 0, 1
 

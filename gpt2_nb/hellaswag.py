@@ -280,7 +280,7 @@ def evaluate(
     model.eval()
     try:
         for start in tqdm(starts, disable=not progress, unit="batch", dynamic_ncols=True):
-            i = min(start + rank, len(batches) - 1) # all ranks make the same number of forward passes
+            i = min(start + rank, len(batches) - 1) # all ranks make as many forward passes
             result = score_trees(model, [trees[j] for j in batches[i]], autocast)
             if i == start + rank: scored.append(result) # otherwise it is another rank's
     finally: model.train(training)
@@ -342,7 +342,7 @@ LIMITS = dict(limit=Limit(low=0), batch_tokens=Limit(low=0),
 
 # %% ../nbs/15_hellaswag.ipynb #c851fcbc
 def load_examples(path: str | Path | None = None, limit: int = 0) -> list[dict]: # 0: all of them
-    "Read and check the first `limit` examples of a file; an `InputError` gives the number of a bad line"
+    "Read and check the first `limit` examples of a file; an `InputError` gives a bad line's number"
     check_flags(dict(limit=limit), LIMITS)
     file, examples = find_examples(path), []
     for n, line in enumerate(read_text(file).split("\n"), 1):
@@ -393,7 +393,7 @@ def main(
     limit: int = 0, # evaluate only the first examples, this many; 0 for all
     batch_tokens: int = 0, # most tokens of a batch with padding; 0: 8,192 on a CPU, else 65,536
     out: str = "", # a .jsonl to write, one object per example
-    checkpoint: str = "", # of a run: best, last or a step; empty: the best if there is one, else the last
+    checkpoint: str = "", # of a run: best, last or a step; empty: the best, or else the last
     dtype: Literal["auto", "float32", "bfloat16"] = "auto", # of the blocks; the head is in float32
     device: str = "auto", # auto, cpu, cuda, cuda:N or mps
 ):
