@@ -343,6 +343,7 @@ def text_tokens(data: str, tokenizer: BPE) -> int:
 
     engine = tokenizer.to_tiktoken() # fast
     training, _ = train_val_parts(data) # piece by piece, so that any text fits into memory
+    # a piece that starts a document has one more token, the `<|endoftext|>` before it
     return sum(len(engine.encode_ordinary(text)) + starts for starts, text in training)
 
 # %% ../nbs/21_finetune.ipynb #5b927596
@@ -354,8 +355,8 @@ def fill_config(
 ) -> FinetuneConfig:
     "The configuration with all that depends on the model and the data filled in"
     T = cfg.block_size or shape.block_size
-    windows = max(1, min(cfg.batch_size, tokens // T // 16)) # some steps for a small data set
-    windows = world_size * max(1, windows // world_size) # as many for each process
+    windows = max(1, min(cfg.batch_size, tokens // T // 16)) # at least 16 steps in an epoch
+    windows = world_size * max(1, windows // world_size) # the same number for each process
     size = cfg.total_batch_size or windows * T
     steps = cfg.max_iters or max(1, math.ceil(cfg.epochs * tokens / size))
     default_rate = 0.04 / shape.n_embd * (10 if cfg.lora_r else 1)
@@ -374,7 +375,7 @@ def fill_config(
     ))
 
 # %% ../nbs/21_finetune.ipynb #f5912cbb
-def first_prompt(data: Data) -> str: # beginning with `<|endoftext|>`, as the model is asked
+def first_prompt(data: Data) -> str: # beginning with `<|endoftext|>`, like every request
     "The first prompt of the validation examples"
     (x,), (y,) = next(data.val(1))
     n = (y != -1).nonzero()[0, 0] + 1 # tokens before the first target that counts
@@ -385,7 +386,7 @@ def finetune(
     cfg: FinetuneConfig,
     progress: bool = True, # print what is done, and show a progress bar
 ) -> dict: # see `train`
-    "Fine-tune as `cfg` says. This is what `gpt2_finetune` and `torchrun -m gpt2_nb.finetune` run"
+    "Fine-tune as `cfg` specifies. This is what `gpt2_finetune` and `torchrun -m gpt2_nb.finetune` run"
     resumed = cfg.resume and (Path(cfg.out)/"config.json").exists()
     shape, tokenizer = open_shape(cfg.out if resumed else cfg.model)
     if cfg.tokenizer and load_tokenizer(cfg.tokenizer).tokens != tokenizer.tokens:

@@ -87,7 +87,7 @@ def peft_config(
 def save_adapter(
     run: str | Path, # folder of a run with adapters, or of one of its checkpoints
     path: str | Path, # the new folder
-    base: str = "", # the model that the adapters belong to, for whoever opens them
+    base: str = "", # name or folder of the base model to write down; if empty, the run's
 ):
     "Write the adapters of a run in the format of the `peft` library"
     top, step = run_of(Path(run))

@@ -43,8 +43,8 @@ class TrainConfig:
     init_from: str = "" # start from these weights: a run, a Hugging Face folder, or gpt2
 
     # the batch
-    batch_size: int = 16 # largest micro-batch of one process, in sequences
-    total_batch_size: int = 0 # tokens per step, over all processes; 0 for one micro-batch each
+    batch_size: int = 16 # most sequences that a process computes at a time (a micro-batch)
+    total_batch_size: int = 0 # tokens per step of all processes; 0 for one micro-batch of each
     block_size: int = 64 # tokens in a sequence, T
 
     # the model
@@ -212,7 +212,7 @@ def data_folder(
     has_text = Path(cfg.data).exists() or cfg.data == "shakespeare"
     if has_text: return None
 
-    if (out/"config.json").exists(): # a resumed run, whose data is not where it was
+    if (out/"config.json").exists(): # a resumed run, whose shards `--data` does not find
         known = read_json(out/"config.json").get("data", {})
         for folder in (Path(known.get("folder", out/"data")), out/"data"):
             if folder.is_dir() and list_shards(folder, "train"): return folder
@@ -234,7 +234,7 @@ def shards_tokenizer(
     made_with = load_tokenizer(own) if own.exists() else wanted
     if made_with.tokens != wanted.tokens:
         raise InputError(f"{folder} was made with a tokenizer of {made_with.n_vocab:,} ids, "
-                         f"and --tokenizer {cfg.tokenizer} has {wanted.n_vocab:,}: "
+                         f"but --tokenizer {cfg.tokenizer} has {wanted.n_vocab:,}: "
                          f"give --tokenizer {own}")
     return wanted
 
@@ -265,7 +265,7 @@ def val_ids(
     if cfg.val_tokens: ids = ids[:cfg.val_tokens + 1]
     if ids.max() >= tokenizer.n_vocab:
         raise InputError(f"{folder}: id {ids.max()} in the validation part, "
-                         f"and the tokenizer has {tokenizer.n_vocab:,} ids")
+                         f"but the tokenizer has {tokenizer.n_vocab:,} ids")
     return ids
 
 # %% ../nbs/18_recipe.ipynb #f51e7d3e
@@ -278,8 +278,8 @@ def open_data(
     folder = data_folder(cfg, out)
     tokenizer = shards_tokenizer(cfg, folder) if folder else texts_tokenizer(cfg, out, given)
     if given and given.tokens != tokenizer.tokens:
-        raise InputError(f"--init_from {cfg.init_from} has another tokenizer than {cfg.data}: "
-                         "prepare the data with it")
+        raise InputError(f"--init_from {cfg.init_from} has a different tokenizer from {cfg.data}: "
+                         "prepare the data with the model's tokenizer")
     if not folder:
         folder = out/"data"
         prepare(cfg.data, folder, tokenizer)
@@ -310,7 +310,7 @@ def open_data(
 FIXED = ("vocab_size padded_vocab_size block_size n_layer n_head n_embd document_mask "
          "total_batch_size seed schedule").split() # flags that a resumed run must keep
 PATHS = ("data val_data tokenizer out init_from model "
-         "hellaswag_data").split() # flags that may hold a path
+         "hellaswag_data").split() # flags of training or fine-tuning that may hold a path
 
 # %% ../nbs/18_recipe.ipynb #11e2fb0b
 def saved_config(

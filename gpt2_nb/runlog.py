@@ -156,7 +156,7 @@ class Meter:
     ):
         self.log, self.first, self.last, self.tokens = log, first, last, tokens
         self.utilisation = utilisation
-        self.estimated = not progress # whether the remaining time was printed
+        self.estimated = not progress # whether the remaining time was printed, or need not be
         self.streak = 0 # steps in a row that were skipped
         show = dict(disable=not progress, dynamic_ncols=True, unit="step")
         self.bar = tqdm(total=last, initial=first, **show)
@@ -321,6 +321,7 @@ class Profile:
         self.done = 0
         self.profiler = None
         if not n: return
+        # the profiler itself is slow at first, so it runs through one of the skipped steps
         schedule = torch.profiler.schedule(wait=skip - 1, warmup=1, active=n)
         self.profiler = torch.profiler.profile(schedule=schedule)
         self.profiler.start()

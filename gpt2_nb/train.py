@@ -204,7 +204,7 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     else: model = make_model(cfg, data.tokenizer, start)
     if adapt: adapt(model, cfg)
     model.to(dist.device)
-    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block
+    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block # less memory
     if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # but each rank draws its own dropout
 
     step_model = parallelize(model, dist, cfg.parallel)
@@ -304,7 +304,7 @@ def sample(
     run: Run,
     max_new_tokens: int = 200,
 ) -> str:
-    "Let the model write, also into the log and `samples.txt`; all ranks must call it"
+    "Let the model write a text, and add it to the log and `samples.txt`; all ranks must call this"
     generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step)
     how = dict(max_new_tokens=max_new_tokens, temperature=0.8, top_k=50, generator=generator)
     with gathered(run.model):
@@ -319,7 +319,7 @@ def sample(
 def hellaswag(
     run: Run,
 ) -> dict: # `completion_acc`, ..., `harness_acc_norm` (0 to 1), `examples`
-    "Accuracy on HellaSwag in both styles, written to the log; all ranks must call it"
+    "Accuracy on HellaSwag in both styles, written to the log; all ranks must call this"
     dist, autocast = run.dist, precision(run.dist.device, run.cfg.dtype)
     def add_up(t): return all_sum(t.to(dist.device), dist).cpu()
 
@@ -373,7 +373,7 @@ def check_skips(
 def out_of_patience(
     run: Run,
 ) -> bool:
-    "Whether the last `patience` validations brought no new best; a resumed run agrees"
+    "Whether the last `patience` validations brought no new best, also across a resume"
     if not run.cfg.patience: return False
     step = broadcast_object(read_best(run.out)["step"], run.dist) # the first rank wrote it
     return step is not None and run.step - step >= run.cfg.patience * run.cfg.eval_interval
@@ -413,7 +413,7 @@ def loop(
     meter: Meter,
     signals: list, # numbers of the signals received
     parent: int | None = None, # process id of the launcher; None to ignore it
-) -> tuple[dict, int]: # the last validation, and the signal that ended it, or 0
+) -> tuple[dict, int]: # the last validation; the signal that ended the run, or 0
     "Take steps until `max_iters`, or until told to stop"
     cfg, dist = run.cfg, run.dist
     autocast, extra = precision(dist.device, cfg.dtype), within_documents(run)

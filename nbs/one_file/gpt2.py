@@ -254,7 +254,7 @@ def target_shares(batches: list) -> torch.Tensor: # (micro-batches,)
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, lr: float,
                grad_clip: float = 1.0,
                autocast=nullcontext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "One step: accumulate, clip, update; with a fused optimizer it never waits"
+    "Accumulate, average, clip and update; with a fused optimizer, this never waits for the device"
     for group in optimizer.param_groups: group["lr"] = lr
     shares = target_shares(batches)
     total = 0.0
@@ -270,13 +270,13 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list
 
     fused = optimizer.defaults.get("fused")
     if fused: optimizer.found_inf = skipped.float()
-    if fused or not skipped: optimizer.step() # if it is not fused, we have to wait
+    if fused or not skipped: optimizer.step() # if not fused, `not skipped` waits for the device
     optimizer.zero_grad(set_to_none=True)
     return total, norm, skipped
 
 
 def bits_per_byte(loss: float, n_tokens: int, n_bytes: int) -> float:
-    "Convert a loss per token into bits per byte of text, the figure that compares tokenizers"
+    "Convert a loss per token into bits per byte of text, which can be compared across tokenizers"
     return loss * n_tokens / math.log(2) / n_bytes
 
 
