@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'target_shares', 'train_step', 'dtype_name', 'precision', 'bf16_hint', 'choose_attention',
-           'attention_kernel', 'evaluate_loss', 'bits_per_byte', 'mfu']
+           'attention_kernel', 'evaluate_loss', 'bits_per_byte', 'peak_flops', 'mfu']
 
 # %% ../nbs/14_step.ipynb #059c5d91
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
@@ -173,11 +174,21 @@ def bits_per_byte(
     return loss * n_tokens / math.log(2) / n_bytes
 
 # %% ../nbs/14_step.ipynb #713c4a3c
-PEAK_FLOPS = { # bf16, dense, from the data sheets; the first key found in the device's name counts
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-    "A10G": 70e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = { # bf16, dense, from the manufacturers' data sheets; in fp32 where there is no bf16
+    "B200": 2250e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "A100": 312e12, "A10G": 70e12, "A6000": 155e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "T4": 8.1e12}
 
 
+def peak_flops(
+    device_name: str, # as PyTorch reports it
+) -> float | None: # per second; None for a device that is not in the table
+    "The peak of the device whose name has the longest entry of `PEAK_FLOPS` in it, as a word"
+    def is_in(name): return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9])", device_name)
+    found = [name for name in PEAK_FLOPS if is_in(name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+# %% ../nbs/14_step.ipynb #b65e4c66
 def mfu(
     tokens_per_s: float, # over all ranks
     cfg: GPTConfig,
@@ -188,7 +199,5 @@ def mfu(
     "The fraction of the devices' peak speed that the model's matrix products use"
     if device_name is None and dist.device.type == "cuda":
         device_name = torch.cuda.get_device_name(dist.device)
-    for name, peak in PEAK_FLOPS.items():
-        if name in (device_name or ""):
-            return tokens_per_s * flops_per_token(cfg, T) / (peak * dist.world_size)
-    return None
+    peak = peak_flops(device_name or "")
+    return peak and tokens_per_s * flops_per_token(cfg, T) / (peak * dist.world_size)
