@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'AT_LEAST_1', 'AT_LEAST_0', 'LIMITS', 'MOST_SEQUENCES', 'FIXED', 'PATHS', 'TrainConfig', 'full_scale',
-           'share_out', 'model_config', 'check_config', 'make_config', 'training_bytes', 'device_memory', 'fit_batch',
-           'Data', 'data_folder', 'shards_tokenizer', 'texts_tokenizer', 'val_ids', 'open_data', 'saved_config',
-           'resume_config']
+           'share_out', 'model_config', 'check_config', 'make_config', 'fit_batch', 'Data', 'data_folder',
+           'shards_tokenizer', 'texts_tokenizer', 'val_ids', 'open_data', 'saved_config', 'resume_config']
 
 # %% ../nbs/18_recipe.ipynb #7ba40dad
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,13 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from .core import (InputError, Limit, check_flags, choices_of, known_fields, native_path,
                           posix_path)
 from .bpe import BPE, load_tokenizer
 from .model import GPT2_SIZES, GPTConfig
-from .memory import activation_bytes, chunk_rows
+from .memory import training_bytes
 from .pretrained import read_json
 from .shards import (check_largest, data_identity, find_shards, list_shards, read_shard,
                             shard_folders)
@@ -197,35 +194,7 @@ def make_config(
                          f"--max_iters {cfg.max_iters}")
     return cfg
 
-# %% ../nbs/18_recipe.ipynb #df82ebb0
-def training_bytes(
-    cfg: TrainConfig, # its `dtype` must not be auto
-    shape: GPTConfig, # of the model; without dropout
-    batch_size: int, # sequences in a micro-batch
-    memory: int, # bytes of the device, which set the size of a chunk of logits
-    world_size: int = 1, # processes
-) -> int: # bytes
-    "About what a training step holds at its peak, on each device"
-    bf16 = cfg.dtype == "bfloat16"
-    sharded = world_size if cfg.parallel == "fsdp" else 1
-    weights = shape.n_params * 16 // sharded + shape.n_params * 2 * bf16
-
-    tokens = batch_size * cfg.block_size
-    smaller = cfg.bf16_residual and cfg.compile # without the compiler, LayerNorm keeps fp32
-    kept = activation_bytes(shape, bf16, cfg.grad_checkpoint, bf16 and smaller)
-    rows = min(tokens, chunk_rows(shape.vocab_rows, shape.n_embd, memory // 8))
-    return weights + tokens * kept + 8 * rows * shape.vocab_rows
-
-# %% ../nbs/18_recipe.ipynb #2982e7b6
-def device_memory(
-    device: torch.device,
-) -> int: # bytes
-    "A GPU's memory; half of the machine's where training shares it with other programs"
-    if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
-    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError): return 2**33 # Windows has no such function
-
-
+# %% ../nbs/18_recipe.ipynb #a2623cf4
 def fit_batch(
     cfg: TrainConfig, # its `dtype` must not be auto
     shape: GPTConfig, # of the model
@@ -233,10 +202,13 @@ def fit_batch(
     dist: Dist = Dist(), # this rank; every rank must call it
 ) -> int: # sequences
     "The largest micro-batch, in powers of two, that fits every rank's device; at least 1"
-    room = 0.9 * memory - 2**30
-    size = MOST_SEQUENCES
-    def too_large(n): return training_bytes(cfg, shape, n, memory, dist.world_size) > room
+    bf16, room = cfg.dtype == "bfloat16", 0.9 * memory - 2**30
+    how = dict(bf16=bf16, checkpointed=cfg.grad_checkpoint,
+               bf16_stream=bf16 and cfg.bf16_residual and cfg.compile, # else LayerNorm keeps fp32
+               shards=dist.world_size if cfg.parallel == "fsdp" else 1)
+    def too_large(n): return training_bytes(shape, n * cfg.block_size, memory, **how) > room
 
+    size = MOST_SEQUENCES
     while size > 1 and any_rank(too_large(size), dist): size //= 2
     return size
 

@@ -26,7 +26,7 @@ from .core import (InputError, atomic_write, cli, is_out_of_memory, new_folder, 
                           posix_path, seed_everything)
 from .bpe import BPE
 from .model import GPT, GPTConfig, flops_per_token
-from .memory import checkpoint_block, linear_cross_entropy
+from .memory import checkpoint_block, device_memory, linear_cross_entropy
 from .pretrained import read_json
 from .folders import checkpoints, load_model, read_best, saved_shape
 from .generate import generate_text
@@ -39,8 +39,8 @@ from .step import (attention_kernel, bf16_hint, bits_per_byte, choose_attention,
 from .hellaswag import Choices, evaluate, load_examples, tokenize
 from .checkpoint import hold_folder, latest_checkpoint, load_checkpoint, save_checkpoint
 from .runlog import Meter, Profile, RunLog, changes, environment, plot_run, reporter
-from .recipe import (Data, TrainConfig, device_memory, fit_batch, make_config, model_config,
-                            open_data, resume_config, saved_config, share_out)
+from .recipe import (Data, TrainConfig, fit_batch, make_config, model_config, open_data,
+                            resume_config, saved_config, share_out)
 
 # these have moved to earlier chapters, and can still be imported from here
 from .step import PEAK_FLOPS as PEAK_FLOPS
