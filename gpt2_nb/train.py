@@ -322,11 +322,12 @@ def sample(
     max_new_tokens: int = 200,
 ) -> str:
     "Let the model write a text, and add it to the log and `samples.txt`; all ranks must call this"
+    begin = time.perf_counter()
     generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step)
     how = dict(max_new_tokens=max_new_tokens, temperature=0.8, top_k=50, generator=generator)
     with uncompiled(run), gathered(run.model):
         text, = generate_text(run.model, run.data.tokenizer, run.cfg.sample_prompt, **how)
-    run.log("sample", step=run.step, text=text)
+    run.log("sample", step=run.step, text=text, seconds=time.perf_counter() - begin)
     if run.dist.is_main:
         with open(run.out/"samples.txt", "a", encoding="utf-8") as f:
             f.write(f"--- step {run.step}\n{text}\n\n")
@@ -337,7 +338,8 @@ def hellaswag(
     run: Run,
 ) -> dict: # `completion_acc`, ..., `harness_acc_norm` (0 to 1), `examples`
     "Accuracy on HellaSwag in both styles, written to the log; all ranks must call this"
-    dist, autocast = run.dist, precision(run.dist.device, run.cfg.dtype)
+    begin, dist = time.perf_counter(), run.dist
+    autocast = precision(dist.device, run.cfg.dtype)
     def add_up(t): return all_sum(t.to(dist.device), dist).cpu()
 
     reduce = add_up if dist.world_size > 1 else None
@@ -346,7 +348,7 @@ def hellaswag(
                           world_size=dist.world_size, reduce=reduce)
     accuracies = {name: accuracy.mean for name, accuracy in scores.accuracies().items()}
     result = accuracies | dict(examples=len(scores.examples))
-    run.log("hellaswag", step=run.step, **result)
+    run.log("hellaswag", step=run.step, **result, seconds=time.perf_counter() - begin)
     return result
 
 # %% ../nbs/19_train.ipynb #aa29d201
