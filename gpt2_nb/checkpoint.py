@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['names_of', 'state_tensors', 'random_state', 'FileWriter', 'on_main', 'save_tensors', 'shapes_in', 'load_tensors',
-           'make_room', 'publish', 'remove_old', 'first_cause', 'write_checkpoint', 'save_checkpoint',
-           'latest_checkpoint', 'check_fit', 'load_checkpoint', 'hold_folder', 'copy_to_host', 'own_share', 'in_thread',
-           'Saver']
+           'make_room', 'publish', 'remove_old', 'first_cause', 'save_checkpoint', 'latest_checkpoint', 'check_fit',
+           'load_checkpoint', 'hold_folder', 'copy_to_host', 'own_share', 'Saver']
 
 # %% ../nbs/16_checkpoint.ipynb #a689b67e
 import json
@@ -95,12 +94,8 @@ class FileWriter(HuggingFaceStorageWriter):
         if self.save_distributed: super().finish(metadata, results) # merges shares, if asked to
 
 # %% ../nbs/16_checkpoint.ipynb #bf9c6b9b
-def on_main(
-    f: Callable, # without arguments
-    dist: Dist, # this rank
-    group: ProcessGroup | None = None, # whose connections are used; None for the usual ones
-):
-    "Call `f` on the first rank, while the others wait; if it fails, its error is raised on all"
+def on_main(f: Callable, dist: Dist, group: ProcessGroup | None = None):
+    "Call `f()` on the first rank, while the others wait; if it fails, its error is raised on all"
     error = None
     if dist.is_main:
         try: f()
@@ -207,17 +202,7 @@ def first_cause(
     return next((cause for cause, _ in failures.values()), e)
 
 
-def write_checkpoint(
-    out: Path, # folder of the run
-    step: int, # optimizer steps done
-    weights: dict, # tensors by name
-    training: dict, # of the optimizer and of the random generators, by name
-    position: dict, # of the loader
-    dist: Dist = Dist(), # this rank; all ranks must call it
-    keep: int = 2, # newest checkpoints that stay, besides the best one
-    good: set[int] | None = None, # steps known to be undamaged; `step` is added. None: all are
-    group: ProcessGroup | None = None, # whose connections are used; None for the usual ones
-) -> Path:
+def _write_checkpoint(out, step, weights, training, position, dist, keep, good, group=None) -> Path:
     "Write `ckpt/STEP/`, completely or not at all, and remove old checkpoints"
     final = out/"ckpt"/f"{step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
@@ -238,7 +223,7 @@ def write_checkpoint(
     if dist.is_main: remove_old(out, step, keep, good)
     return final
 
-# %% ../nbs/16_checkpoint.ipynb #1ab53fc1
+
 def save_checkpoint(
     out: Path, # folder of the run
     step: int, # optimizer steps done
@@ -252,7 +237,7 @@ def save_checkpoint(
     "Save the state of a run in `ckpt/STEP/`, while the run waits"
     weights, moments = state_tensors(model, optimizer)
     training = moments | random_state(dist)
-    return write_checkpoint(out, step, weights, training, loader.state_dict(), dist, keep, good)
+    return _write_checkpoint(out, step, weights, training, loader.state_dict(), dist, keep, good)
 
 # %% ../nbs/16_checkpoint.ipynb #f9886bd2
 def latest_checkpoint(
@@ -325,10 +310,11 @@ def hold_folder(
 # %% ../nbs/16_checkpoint.ipynb #dc5e8ccd
 def copy_to_host(
     tensors: dict, # by name, on any device; shares under FSDP
-    copies: dict, # name -> tensor: memory of earlier calls, used again and extended
-    group: ProcessGroup | None = None, # between CPUs, as made by `second_group`; needed for shares
-) -> dict: # the copies, by name; on CUDA they are complete once the current stream has got there
-    "Copy tensors into the memory of the CPU; a later call with the same `copies` overwrites them"
+    copies: dict, # name -> memory of earlier calls, which is used again; it is added to
+    group: ProcessGroup | None = None, # needed for shares: see `second_group`
+) -> dict: # the copies; on CUDA they are complete when the current stream has got there
+    "Copy tensors into the memory of the CPU"
+    cpus = DeviceMesh.from_group(group, "cpu") if group else None
     result = {}
     for name, t in tensors.items():
         sharded = isinstance(t, DTensor)
@@ -337,17 +323,13 @@ def copy_to_host(
             copies[name] = torch.empty_like(mine, device="cpu", pin_memory=mine.is_cuda)
         result[name] = copies[name].copy_(mine, non_blocking=mine.is_cuda)
         if sharded:
-            cpus = DeviceMesh.from_group(group, "cpu")
             result[name] = DTensor.from_local(copies[name], cpus, t.placements, run_check=False,
                                               shape=t.shape, stride=t.stride())
     return result
 
 # %% ../nbs/16_checkpoint.ipynb #24e48582
-def own_share(
-    tensors: dict, # by name, in the same order on every rank
-    dist: Dist, # this rank
-) -> dict: # some of them
-    "The tensors that this rank saves: its shares of sharded ones, and its part of all others"
+def own_share(tensors: dict, dist: Dist) -> dict:
+    "Those that this rank saves: sharded ones, and its part of the others, in an order that all share"
     mine, assigned = {}, [0] * dist.world_size # bytes of each rank
     for name, t in tensors.items():
         rank = assigned.index(min(assigned))
@@ -357,17 +339,6 @@ def own_share(
     return mine
 
 # %% ../nbs/16_checkpoint.ipynb #e6770556
-def in_thread(f: Callable, *args) -> Future:
-    "Call `f` in a thread; the future has its result or its error"
-    done = Future()
-    def work():
-        try: done.set_result(f(*args))
-        except BaseException as e: done.set_exception(e)
-
-    Thread(target=work, daemon=True).start() # the process can end without it, after a second Ctrl-C
-    return done
-
-
 class Saver:
     """Saves the states of a run while it goes on: `save` copies a state, and a thread writes it.
 
@@ -377,8 +348,8 @@ class Saver:
         self,
         out: Path, # folder of the run
         dist: Dist = Dist(), # this rank
-        keep: int = 2, # as for `write_checkpoint`
-        good: set[int] | None = None, # as for `write_checkpoint`
+        keep: int = 2, # as for `save_checkpoint`
+        good: set[int] | None = None, # as for `save_checkpoint`
         log: Callable | None = None, # called for each complete checkpoint, like a `RunLog`
     ):
         self.out, self.dist, self.keep, self.good, self.log = out, dist, keep, good, log
@@ -388,13 +359,7 @@ class Saver:
         self.writing = None # the future of its checkpoint, until `wait` has seen it
         self.later = [] # functions to call when it is complete
 
-    def save(
-        self,
-        step: int, # optimizer steps done
-        model: nn.Module, # the GPT
-        optimizer: torch.optim.Optimizer,
-        loader: ShardLoader,
-    ):
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loader: ShardLoader):
         "Copy the state and begin to write it; `InputError` if the one before could not be written"
         begin = time.perf_counter()
         self.wait()
@@ -402,27 +367,30 @@ class Saver:
 
         cuda = self.dist.device.type == "cuda"
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
-        if marks: marks[0].record()
+        if cuda: marks[0].record()
         weights, moments = (copy_to_host(own_share(tensors, self.dist), self.copies, self.group)
                             for tensors in state_tensors(model, optimizer))
-        if marks: marks[1].record()
+        if cuda: marks[1].record()
         training = moments | random_state(self.dist)
         state = step, weights, training, loader.state_dict()
+        called_s = time.perf_counter() - begin
 
-        self.step = step
-        times = begin, waited_s, time.perf_counter() - begin
-        self.writing = in_thread(self._write, state, marks, *times)
+        self.step, self.writing = step, Future()
+        arguments = self.writing, state, marks, begin, waited_s, called_s
+        Thread(target=self._write, args=arguments, daemon=True).start() # Ctrl-C need not wait for it
 
-    def _write(self, state, marks, begin, waited_s, called_s):
-        blocked_s = called_s # the loop waited for the call, and the GPU for the copies
-        if marks:
-            marks[1].synchronize() # the copies are complete
-            blocked_s = max(called_s, waited_s + marks[0].elapsed_time(marks[1]) / 1000)
-        path = write_checkpoint(self.out, *state, self.dist, self.keep, self.good, self.group)
-        save_s = time.perf_counter() - begin
-        place = path.relative_to(self.out).as_posix()
-        if self.log: self.log("checkpoint", step=state[0], path=place, blocked_s=blocked_s,
-                              save_s=save_s)
+    def _write(self, done, state, marks, begin, waited_s, called_s):
+        try:
+            blocked_s = called_s
+            if marks: # the call has only queued the copies, and the GPU stood still for them
+                marks[1].synchronize()
+                blocked_s = max(called_s, waited_s + marks[0].elapsed_time(marks[1]) / 1000)
+            path = _write_checkpoint(self.out, *state, self.dist, self.keep, self.good, self.group)
+            times = dict(blocked_s=blocked_s, save_s=time.perf_counter() - begin)
+            place = posix_path(path.relative_to(self.out))
+            if self.log: self.log("checkpoint", step=state[0], path=place, **times)
+            done.set_result(path)
+        except BaseException as e: done.set_exception(e) # for `wait`
 
     def wait(self):
         "Wait until the last state is saved, and raise its error if it could not be"

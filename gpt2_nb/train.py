@@ -366,6 +366,7 @@ def check_skips(
 ):
     "`InputError` when too many steps in a row were skipped"
     if streak < run.cfg.max_skips: return
+    run.saver.wait() # the message names the last checkpoint
     saved = checkpoints(run.out)
     kept = "no checkpoint was saved before"
     if saved: kept = f"the last good weights are in {saved[-1]}"
