@@ -388,20 +388,38 @@ MUTANTS = {
         (
             "no-generators",
             "a checkpoint leaves out the random generators",
-            'save_tensors(state | random_state(dist), temporary/"training", dist)',
-            'save_tensors(state, temporary/"training", dist)',
+            "training = moments | random_state(self.dist)",
+            "training = moments",
         ),
         (
             "no-moments",
             "a checkpoint leaves out the optimizer's state",
-            'save_tensors(state | random_state(dist), temporary/"training", dist)',
-            'save_tensors(random_state(dist), temporary/"training", dist)',
+            "training = moments | random_state(self.dist)",
+            "training = random_state(self.dist)",
         ),
         (
             "data-from-start",
             "a resumed run reads its data from the start",
             '    loader.load_state_dict(state["loader"])\n',
             "    pass\n",
+        ),
+        (
+            "no-copy",
+            "the thread writes the weights themselves, which the next step changes",
+            "result[name] = copies[name].copy_(mine, non_blocking=mine.is_cuda)",
+            "result[name] = mine",
+        ),
+        (
+            "best-before-complete",
+            "what needs a complete checkpoint is done while it is being written",
+            "if self.writing: self.later.append(f)",
+            "if not self.writing: self.later.append(f)",
+        ),
+        (
+            "copy-overwritten",
+            "the next state is copied over one that is still being written",
+            "        self.wait()\n        waited_s",
+            "        waited_s",
         ),
         (
             "best-removed",
