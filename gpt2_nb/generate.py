@@ -303,9 +303,9 @@ class StaticDecoder:
     def record(self):
         "Record a step on the GPU, without running it"
         device, self.graph = self.place.device, torch.cuda.CUDAGraph()
-        # meanwhile other threads, such as a loader's, may use the GPU
-        how = dict(stream=torch.cuda.Stream(device), capture_error_mode="thread_local")
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, **how): self.step()
+        # "thread_local": meanwhile other threads, such as a loader's, may use the GPU
+        recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording: self.step()
 
     def run(self, column: int, steps: int):
         "Choose the tokens of `steps` columns from `column` on, before any window moves"
