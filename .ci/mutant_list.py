@@ -401,6 +401,12 @@ MUTANTS = {
             "np.arange(Tc, Tc + n), np.full(n, branch)",
             "np.arange(end, end + n), np.full(n, branch)",
         ),
+        (
+            "stale-batches",
+            "the kept batches are used again for another rank or budget",
+            "key = device, model.cfg.block_size, budget, rank, world_size",
+            "key = device, model.cfg.block_size",
+        ),
     ],
     "16_checkpoint": [
         (
