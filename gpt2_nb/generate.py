@@ -367,7 +367,7 @@ def generate(
     stop_token: int | None = None, # ends a row; in a tensor, also fills the rest of the row
     n_vocab: int | None = None, # number of ids in the tokenizer; ids from here on are never drawn
     slide: int = 1, # number of tokens by which a full window moves
-    on_token: Callable | None = None, # called with each new column of ids, (B,)
+    on_token: Callable | None = None, # called with each new column of ids, (B,), in groups if static
     static: bool | None = None, # steps of fixed shape, with a cache; None: if they can be recorded
 ) -> torch.Tensor | list[torch.Tensor]: # prompts included: (B, T + new), or a list for a list
     "Continue each prompt by up to `max_new_tokens` tokens; the model sees the last `block_size`"
