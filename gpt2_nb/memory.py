@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['padded_logits', 'chunk_loss', 'ChunkedLoss', 'chunk_rows', 'equal_chunks', 'logits_budget', 'linear_cross_entropy',
-           'checkpoint_block']
+           'checkpoint_block', 'activation_bytes', 'device_memory', 'training_bytes']
 
 # %% ../nbs/04_memory.ipynb #5a6b9ac1
 import math
+import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import KVCache
+from .model import GPTConfig
 
 # %% ../nbs/04_memory.ipynb #4f2cbdee
 def padded_logits(
@@ -32,12 +35,13 @@ def padded_logits(
 
 # %% ../nbs/04_memory.ipynb #3d21410c
 def chunk_loss(
-    p: torch.Tensor, # (n, V), logits in fp32; overwritten
+    logits: torch.Tensor, # (n, V); overwritten if they are in fp32
     targets: torch.Tensor, # (n, 1), ids
     counts: torch.Tensor, # (n, 1), 1.0 for a row that counts, else 0.0
     want_gradient: bool, # whether the second result is needed
-) -> tuple[torch.Tensor, torch.Tensor]: # sum of the losses, and its gradient
-    "Cross-entropy of a few rows, and its gradient in the place of their logits"
+) -> tuple[torch.Tensor, torch.Tensor]: # sum of the losses, in fp32, and its gradient
+    "Cross-entropy of a few rows, and its gradient in the dtype of their logits"
+    p = logits.float()
     p -= p.amax(-1, keepdim=True) # so that no exponential overflows
     picked = p.gather(1, targets) # (n, 1), the targets' logits
     norm = p.exp_().sum(-1, keepdim=True) # (n, 1), of all exponentials
@@ -47,8 +51,8 @@ def chunk_loss(
     p = p.mul_(counts / norm) # softmax, and 0 in rows that do not count
     if torch.compiler.is_compiling():
         is_target = torch.arange(p.shape[1], device=p.device) == targets # (n, V)
-        return loss, torch.where(is_target, p - counts, p)
-    return loss, p.scatter_add_(1, targets, -counts)
+        return loss, torch.where(is_target, p - counts, p).to(logits.dtype)
+    return loss, p.scatter_add_(1, targets, -counts).to(logits.dtype)
 
 # %% ../nbs/04_memory.ipynb #feaf6985
 class ChunkedLoss(torch.autograd.Function):
@@ -63,6 +67,7 @@ class ChunkedLoss(torch.autograd.Function):
         ignore_index, # the target that does not count
         chunk, # rows of logits computed at a time
         wanted, # two booleans: compute the gradient of `x`, of `weight`
+        per_chunk, # `chunk_loss`, or a compiled version of it
     ):
         "The sum; a chunk's gradients are computed while its logits are in memory"
         kind = x.device.type
@@ -78,10 +83,9 @@ class ChunkedLoss(torch.autograd.Function):
         for i in range(0, len(x), chunk):
             part = slice(i, i + chunk)
             a = x[part].to(dtype) # (n, C)
-            p = padded_logits(a, w, vocab_size).float() # (n, rows)
-            loss, p = chunk_loss(p, targets[part], counts[part].float(), any(wanted))
+            p = padded_logits(a, w, vocab_size) # (n, rows)
+            loss, p = per_chunk(p, targets[part], counts[part].float(), any(wanted))
             total = total + loss
-            if any(wanted): p = p.to(dtype)
             if wanted[0]: grad_x[part] = p @ w
             if wanted[1]: grad_w += p.t() @ a
 
@@ -93,7 +97,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, factor):
         "Scale the gradients that `forward` has computed"
         grads = [None if g is None else g * factor for g in ctx.saved_tensors]
-        return *grads, None, None, None, None, None # the other inputs have none
+        return *grads, None, None, None, None, None, None # the other inputs have none
 
 # %% ../nbs/04_memory.ipynb #e0282e6c
 def chunk_rows(
@@ -134,6 +138,7 @@ def linear_cross_entropy(
     ignore_index: int = -1, # the target that does not count
     chunk: int | None = None, # rows of logits at a time, at most; None for `chunk_rows`
     fused: bool = True, # use PyTorch's own function where it is right; False for ours always
+    per_chunk: Callable = chunk_loss, # or a compiled version of it
 ) -> torch.Tensor: # nats, in fp32; 0 if no target counts
     "Mean cross-entropy of logits `x @ weight.T`, `chunk` rows at a time; differentiable once"
     x, targets = x.flatten(0, -2), targets.flatten() # (N, C), (N,)
@@ -149,7 +154,8 @@ def linear_cross_entropy(
                                        ignore_index=ignore_index, options=options)
     else:
         wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
-        total = ChunkedLoss.apply(x, weight, targets, vocab_size, ignore_index, chunk, wanted)
+        total = ChunkedLoss.apply(x, weight, targets, vocab_size, ignore_index, chunk, wanted,
+                                  per_chunk)
     return total / (targets != ignore_index).sum().clamp(min=1)
 
 # %% ../nbs/04_memory.ipynb #b6363ab6
@@ -163,3 +169,44 @@ def checkpoint_block(
     if not block.training or not torch.is_grad_enabled() or cache is not None:
         return block(x, cache, mask)
     return checkpoint(block, x, cache, mask, use_reentrant=False)
+
+# %% ../nbs/04_memory.ipynb #e8d6c0ea
+def activation_bytes(
+    cfg: GPTConfig, # the model's shape; without dropout
+    bf16: bool = False, # under bf16 autocast; otherwise in fp32
+    checkpointed: bool = False, # with `checkpoint_block`
+    bf16_stream: bool = False, # with the residual stream in bf16
+) -> int: # bytes
+    "What the forward pass keeps for the backward pass, per token and without the logits"
+    C = cfg.n_embd
+    stream = 2 if bf16_stream else 4 # bytes of a number
+    others = 2 if bf16 else 4
+    block = (2 * stream + 14 * others) * C + 4 * cfg.n_head + 16
+    outside = 2 * stream * C + 24 # the last LayerNorm, the loss, ids
+    if not checkpointed: return cfg.n_layer * block + outside
+    return cfg.n_layer * stream * C + block + outside # one block is being computed again
+
+# %% ../nbs/04_memory.ipynb #8e6b3b5d
+def device_memory(
+    device: torch.device,
+) -> int: # bytes
+    "A GPU's memory; half of the machine's where training shares it with other programs"
+    if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
+    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError): return 2**33 # Windows has no such function
+
+# %% ../nbs/04_memory.ipynb #daebe5a3
+def training_bytes(
+    cfg: GPTConfig, # the model's shape; without dropout
+    tokens: int, # B * T, of a micro-batch
+    memory: int, # bytes of the device, which set the size of a chunk of logits
+    bf16: bool = False, # under bf16 autocast; otherwise in fp32
+    checkpointed: bool = False, # with `checkpoint_block`
+    bf16_stream: bool = False, # with the residual stream in bf16
+    shards: int = 1, # ranks that share the weights, gradients and moments
+) -> int: # bytes
+    "About what a training step with AdamW holds at its peak, on each device"
+    weights = cfg.n_params * 16 // shards + cfg.n_params * 2 * bf16
+    kept = tokens * activation_bytes(cfg, bf16, checkpointed, bf16_stream)
+    rows = min(tokens, chunk_rows(cfg.vocab_rows, cfg.n_embd, memory // 8))
+    return weights + kept + 8 * rows * cfg.vocab_rows

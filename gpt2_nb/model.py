@@ -242,6 +242,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.stream_dtype = None # of the residual stream under autocast, if not fp32
 
     def run_block(self, block, x, cache, mask): # (B, T, C) -> (B, T, C)
         "Run one block; assign a function to `run_block` to run the blocks in another way"
@@ -262,6 +263,8 @@ class Transformer(nn.Module):
 
         if pos is None: pos = torch.arange(past, past + idx.shape[1], device=idx.device)
         x = self.drop(self.wte(idx) + self.wpe(pos)) # (B, T, C)
+        if self.stream_dtype and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.stream_dtype)
         for block, cache in zip(self.h, caches or [None] * len(self.h)):
             x = self.run_block(block, x, cache, mask)
         return self.ln_f(x)

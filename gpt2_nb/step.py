@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'target_shares', 'train_step', 'dtype_name', 'precision', 'bf16_hint', 'choose_attention',
-           'attention_kernel', 'evaluate_loss', 'bits_per_byte', 'peak_flops', 'mfu']
+           'attention_kernel', 'evaluate_loss', 'same_shape', 'bits_per_byte', 'peak_flops', 'mfu', 'compile_step']
 
 # %% ../nbs/14_step.ipynb #059c5d91
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 from .core import InputError, has_fast_bf16, pick_dtype
 from .model import GPT, GPTConfig, flops_per_token
-from .memory import linear_cross_entropy
+from .memory import chunk_loss, linear_cross_entropy
 from .distributed import Dist, all_sum, clip_grad_norm, grad_sync
 
 # %% ../nbs/14_step.ipynb #e45ce391
@@ -41,6 +43,7 @@ def train_step(
     autocast=nullcontext, # returns a context for the forward pass
     dist: Dist = Dist(), # this rank; losses and gradients are averaged over all ranks
     extra: Callable | None = None, # maps x to further arguments of the model, such as `mask`
+    loss_fn: Callable = linear_cross_entropy, # or a compiled one, from `compile_step`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean loss, norm before clipping, skipped
     "Accumulate, average, clip and update; with a fused optimizer, this never waits for the device"
     for group in optimizer.param_groups: group["lr"] = lr
@@ -50,7 +53,7 @@ def train_step(
     for i, (x, y) in enumerate(batches):
         more = extra(x) if extra else {}
         with grad_sync(model, i == len(batches) - 1): # averages after the last piece
-            with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **more)
+            with autocast(): _, loss = model(x, y, loss=loss_fn, **more)
             loss = loss * shares[i]
             loss.backward()
         total = total + loss.detach()
@@ -139,12 +142,13 @@ def evaluate_loss(
     autocast=nullcontext, # returns a context for the forward pass
     dist: Dist = Dist(), # this rank; all ranks share the work
     extra: Callable | None = None, # maps x to further arguments of the model
+    loss_fn: Callable = linear_cross_entropy, # or a compiled one, from `compile_step`
 ) -> tuple[float, int]: # nats, and the number of targets
     "Mean loss over every target that counts"
     def batch_loss(x, y):
         x, y = x.to(dist.device), y.to(dist.device)
         more = extra(x) if extra else {}
-        with autocast(): _, loss = model(x, y, loss=linear_cross_entropy, **more)
+        with autocast(): _, loss = model(x, y, loss=loss_fn, **more)
         return loss.float()
 
     training = model.training
@@ -163,6 +167,17 @@ def evaluate_loss(
     means = all_sum(torch.stack(means), dist).cpu().double()
     n = sum(counts)
     return (means @ torch.tensor(counts, dtype=torch.float64)).item() / n, n
+
+# %% ../nbs/14_step.ipynb #f1bca208
+def same_shape(
+    batches: Iterable, # of (x, y), each (B, T), at most as many rows as in the first
+) -> Iterator: # of (x, y), all of the first one's shape
+    "Add rows without targets to a smaller batch"
+    rows = None
+    for x, y in batches:
+        rows = rows or len(x)
+        missing = (0, 0, 0, rows - len(x)) # below, none at the sides
+        yield F.pad(x, missing), F.pad(y, missing, value=-1)
 
 # %% ../nbs/14_step.ipynb #309094af
 def bits_per_byte(
@@ -201,3 +216,20 @@ def mfu(
         device_name = torch.cuda.get_device_name(dist.device)
     peak = peak_flops(device_name or "")
     return peak and tokens_per_s * flops_per_token(cfg, T) / (peak * dist.world_size)
+
+# %% ../nbs/14_step.ipynb #8562d44e
+def compile_step(
+    model: GPT, # the model itself
+    step_model: nn.Module, # as returned by `parallelize`
+    dist: Dist, # this rank
+    backend: str | Callable = "inductor", # see `torch.compile`
+    regions: bool | None = None, # True for blocks and loss by themselves; None if several ranks
+) -> tuple[nn.Module, Callable]: # the model that a step calls, and its loss function
+    "Compile for one shape of batch: the whole model on one rank, on several its blocks and loss"
+    how = dict(dynamic=False, backend=backend)
+    if regions is None: regions = dist.world_size > 1
+    if not regions: return torch.compile(step_model, **how), linear_cross_entropy
+
+    torch._dynamo.config.optimize_ddp = False # else DDP's buckets cut the graphs
+    for block in model.transformer.h: block.compile(**how) # in place
+    return step_model, partial(linear_cross_entropy, per_chunk=torch.compile(chunk_loss, **how))
