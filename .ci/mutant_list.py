@@ -200,6 +200,24 @@ MUTANTS = {
             "for m in training: m.training = True",
             "model.train()",
         ),
+        (
+            "future-places",
+            "a step of fixed shape sees one place that is not filled yet",
+            "(self.places <= self.place) # (B, S)",
+            "(self.places <= self.place + 1) # (B, S)",
+        ),
+        (
+            "lot-positions",
+            "a step of fixed shape counts positions from the first column, also after padding",
+            "pos = self.place - self.begin # (B, 1)",
+            "pos = self.place - 0 * self.begin # (B, 1)",
+        ),
+        (
+            "late-columns",
+            "`on_token` is called with columns after the end of all rows",
+            "end = int(rows.ends.max()) if stopped else column",
+            "end = column",
+        ),
     ],
     "08_shards": [
         (
@@ -382,6 +400,12 @@ MUTANTS = {
             "positions count on from one ending to the next",
             "np.arange(Tc, Tc + n), np.full(n, branch)",
             "np.arange(end, end + n), np.full(n, branch)",
+        ),
+        (
+            "stale-batches",
+            "the kept batches are used again for another rank or budget",
+            "key = device, model.cfg.block_size, budget, rank, world_size",
+            "key = device, model.cfg.block_size",
         ),
     ],
     "16_checkpoint": [
