@@ -173,7 +173,9 @@ def local_copy(file: Path | RemoteFile) -> Path:
     place = folder/file.name
     if place.exists(): return place
     with new_folder(folder, ()), waiting_lock(folder): # one process fetches, the others wait
-        return place if place.exists() else file.fetch(place)
+        if place.exists(): return place
+        for part in folder.glob(".*.tmp"): part.unlink() # of a process that was killed
+        return file.fetch(place)
 
 # %% ../nbs/09_documents.ipynb #1793cca0
 class FileSource:
@@ -478,7 +480,7 @@ class ItemSlice:
     "So many items of a source, from a certain place on, as a source of its own"
     def __init__(self, source: FileSource, first: list, items: int):
         source.load_state_dict(first)
-        self.source, self.left = source, items
+        self.source, self.items, self.left = source, items, items
 
     def __iter__(self) -> Iterator[tuple[bool, str]]:
         for item in self.source if self.left else ():
@@ -492,7 +494,7 @@ class ItemSlice:
         self.source.load_state_dict(state["source"])
         self.left = state["left"]
 
-    def progress(self) -> float: return self.source.progress()
+    def progress(self) -> float: return 1 - self.left / max(1, self.items)
 
 # %% ../nbs/09_documents.ipynb #5a11561f
 def train_tokenizer(

@@ -511,6 +511,7 @@ def fetch_shards(
         if not lacking and have and have.finished: return folder
 
         warn_once(f"{url}: copying {len(lacking)} files to {folder}")
+        remove_temporary_files(folder)
         replace(manifest, finished=False).save(folder)
         for name in lacking: RemoteFile(fs, f"{root}/{name}").fetch(folder/name, digests[name])
         manifest.save(folder)
