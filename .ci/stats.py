@@ -21,7 +21,9 @@ MEDIAN_CELL = 5 # lines
 
 # Modules that may be longer, with the reason.
 LONGER = {"finetune": "two halves, examples made into windows and the run on them, which share their configuration",
-          "fineweb": "documents to shards, ready-made shards, and the command for both",
+          "shards": "files of ids, their manifest, and checked copies of both from an object store",
+          "documents": "readers, and sources by stream, by file and by part; each is a few lines on the one before",
+          "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",
           "train": "opening a run, its loop and its command: what the chapter is about is their order"}
