@@ -458,7 +458,7 @@ def count_items(source: FileSource) -> list[int]: # of each file
         remote = isinstance(file, RemoteFile)
         with reading(file), reaching(str(file)) if remote else nullcontext():
             if read is read_parquet:
-                with file.fs.open(file.path, mode="rb") if remote else open(file, "rb") as f:
+                with file.fs.open(path=file.path, mode="rb") if remote else open(file, "rb") as f:
                     counts.append(open_parquet(f, file).metadata.num_rows)
             else:
                 with open(local_copy(file), "rb") as f: counts.append(sum(1 for _ in read(f)))

@@ -447,7 +447,7 @@ class RemoteFile:
         with reaching(str(self)): return self.fs.info(self.path)["size"]
 
     def pieces(self) -> Iterator[bytes]:
-        with reaching(str(self)), self.fs.open(self.path, mode="rb") as f:
+        with reaching(str(self)), self.fs.open(path=self.path, mode="rb") as f:
             while piece := f.read(2**22): yield piece
 
     def fetch(self, place: Path, digest: str = "") -> Path: # `place`
