@@ -477,7 +477,7 @@ def divide(counts: list[int], parts: int) -> list[dict]: # first, items and file
 
 # %% ../nbs/09_documents.ipynb #d26b7f41
 class ItemSlice:
-    "So many items of a source, from a certain place on, as a source of its own"
+    "A number of items of a source, from a given place on, as a source of its own"
     def __init__(self, source: FileSource, first: list, items: int):
         source.load_state_dict(first)
         self.source, self.items, self.left = source, items, items

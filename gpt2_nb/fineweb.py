@@ -405,7 +405,7 @@ def part_splits(plan: Manifest, number: int) -> list[tuple]: # split, source, li
         source = open_source(plan.source, plan.config, plan.revision, by_row=True)
         return ItemSlice(source, part["first"], part["items"])
 
-    limit = settings["max_tokens"] # more than this no part has to give
+    limit = settings["max_tokens"] # a part never has to give more than this
     if cut is None: return [("train", items(), limit and limit + settings["val_tokens"])]
     train, val = SourceSlice(items(), 0, cut, part["seen"]), SourceSlice(items(), cut, None, part["seen"])
     return [("train", train, limit), ("val", val, None)]
@@ -458,7 +458,7 @@ def join_parts(out: Path, wanted: Manifest, plan: Manifest, tokenizer: BPE) -> M
     "Make one data set of the parts; None if some are missing"
     parts, made = plan.settings["parts"], plan.position["parts"]
     places = [part_folder(out, number, parts) for number in range(1, parts + 1)]
-    with waiting_lock(out/PARTS): # if two processes finish together, one of them joins
+    with waiting_lock(out/PARTS): # if two processes finish at the same time, one of them joins
         there = to_continue(out, wanted, by_join=True)
         found = [Manifest.load(place) for place in places]
         missing = [i for i, manifest in enumerate(found, 1) if not (manifest and manifest.finished)]
