@@ -238,6 +238,12 @@ MUTANTS = {
             "f.seek(max(0, n - size))",
             "f.seek(0)",
         ),
+        (
+            "unchecked-download",
+            "a shard from a store is kept whatever its hash",
+            "if digest and found.hexdigest() != digest:",
+            "if digest and not found.hexdigest():",
+        ),
     ],
     "09_documents": [
         (
@@ -277,6 +283,12 @@ MUTANTS = {
             "validation tokens are not cut off the training part",
             "left = (limit or sys.maxsize) - begun",
             "left = sys.maxsize - begun",
+        ),
+        (
+            "uncounted-parts",
+            "each part takes its first character for that of the whole text",
+            'part["seen"] = seen',
+            'part["seen"] = 0',
         ),
     ],
     "11_loader": [

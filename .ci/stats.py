@@ -24,6 +24,9 @@ LONGER = {"finetune": "two halves, examples made into windows and the run on the
           "fineweb": "documents to shards, ready-made shards, and the command for both",
           "checkpoint": "the files, what is saved, and the thread that saves it; each part is used by the next only",
           "generate": "choosing a token, the window, plain and recorded steps, and the command",
+          "shards": "files of ids, their manifest, and checked copies of both from an object store",
+          "documents": "readers, and sources by stream, by file and by part; each is a few lines on the one before",
+          "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",
           "train": "opening a run, its loop and its command: what the chapter is about is their order"}
