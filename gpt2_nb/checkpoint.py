@@ -22,11 +22,12 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from .core import InputError, atomic_write, lock_folder, new_folder, posix_path, sha256
+from .core import (InputError, atomic_write, leftovers, lock_folder, new_folder, posix_path,
+                          sha256, temporary_name)
 from .model import GPT
 from .folders import checkpoints, read_best, read_state
 from .loader import ShardLoader
-from .distributed import Dist, barrier
+from .distributed import Dist, barrier, broadcast_object
 
 # %% ../nbs/16_checkpoint.ipynb #c895ee4b
 def names_of(
@@ -166,12 +167,10 @@ def save_checkpoint(
 ) -> Path:
     "Write `ckpt/STEP/`, completely or not at all, and remove old checkpoints"
     final = out/"ckpt"/f"{step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = broadcast_object(temporary_name(final) if dist.is_main else None, dist)
     weights, state = state_tensors(model, optimizer)
     try:
-        if dist.is_main:
-            shutil.rmtree(temporary, ignore_errors=True) # left by an attempt that was killed
-            temporary.mkdir(parents=True)
+        if dist.is_main: temporary.mkdir(parents=True)
         barrier(dist)
         save_tensors(weights, temporary, dist, "model.safetensors")
         save_tensors(state | random_state(dist), temporary/"training", dist)
@@ -248,6 +247,9 @@ def hold_folder(
         if dist.is_main:
             stack.enter_context(new_folder(out, ()))
             stack.enter_context(lock_folder(out, share=True))
+            for path in leftovers(out, r".+\.jsonl?"): path.unlink()
+            older = (out/"ckpt").glob("." + "[0-9]" * 8 + ".tmp") # as earlier versions named them
+            for path in (*leftovers(out/"ckpt", r"\d{8}"), *older): shutil.rmtree(path)
         barrier(dist)
         if not dist.is_main and out.is_dir(): stack.enter_context(lock_folder(out, join=True))
         yield

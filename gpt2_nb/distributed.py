@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PARALLEL', 'Dist', 'launched', 'RankFailed', 'exit_code', 'leave', 'watch_ranks', 'distributed', 'serve', 'Ranks',
            'all_sum', 'any_rank', 'broadcast', 'broadcast_object', 'barrier', 'from_main', 'any_rank_later', 'FlagPoll',
-           'wrap_ddp', 'grad_sync', 'apply_fsdp', 'full_tensor', 'parallelize', 'gathered', 'clip_grad_norm']
+           'wrap_ddp', 'grad_sync', 'apply_fsdp', 'full_tensor', 'parallelize', 'gathered', 'same_output',
+           'clip_grad_norm']
 
 # %% ../nbs/13_distributed.ipynb #41f1c367
 import importlib.util
@@ -406,6 +407,18 @@ def gathered(
     try: yield
     finally:
         if isinstance(model, FSDPModule): model.reshard()
+
+# %% ../nbs/13_distributed.ipynb #58ec722e
+@contextmanager
+def same_output(
+    module: nn.Module, # that returns one tensor, of the same shape on every rank
+    dist: Dist, # this rank
+):
+    "A context in which `module` returns the first rank's output; every rank must call it equally often"
+    if dist.world_size == 1: return (yield)
+    hook = module.register_forward_hook(lambda module, args, out: broadcast(out.contiguous(), dist))
+    try: yield
+    finally: hook.remove()
 
 # %% ../nbs/13_distributed.ipynb #85cf5d81
 def clip_grad_norm(
