@@ -83,6 +83,7 @@ def leave(
         try: first = dist.store.compare_set("failed", "", rank) == rank.encode()
         except RuntimeError: first = True # the launcher is gone, and its store with it
         if first and isinstance(e, Exception):
+            if dist.rank: print(file=sys.stderr) # the first rank's progress bar may be on this line
             print(failure_line(e) or "".join(traceback.format_exception(e)), file=sys.stderr)
     for stream in (sys.stdout, sys.stderr): stream.flush()
     os._exit(exit_code(e)) # `sys.exit` would wait for threads that wait for other ranks
