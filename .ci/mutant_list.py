@@ -330,8 +330,8 @@ MUTANTS = {
         (
             "same-question",
             "a delayed poll answers with what it has just asked",
-            "before, self.pending = self.pending, any_rank_later(flag, self.dist)",
-            "before = self.pending = any_rank_later(flag, self.dist)",
+            "before, self.pending = self.pending, self.ask(flag)",
+            "before = self.pending = self.ask(flag)",
         ),
         (
             "no-all-reduce",

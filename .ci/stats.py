@@ -23,6 +23,7 @@ MEDIAN_CELL = 5 # lines
 LONGER = {"finetune": "two halves, examples made into windows and the run on them, which share their configuration",
           "fineweb": "documents to shards, ready-made shards, and the command for both",
           "core": "some 35 independent small tools; the longest function has 15 lines",
+          "distributed": "many functions of a few lines around one call of PyTorch, and `Ranks` for the notebooks",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",
           "train": "opening a run, its loop and its command: what the chapter is about is their order"}
 
