@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def notebooks() -> list[Path]: return [p for p in sorted(NBS.glob("[0-9]*.ipynb"
 
 
 def measuring_cells() -> list[tuple[str, str]]:
-    "The cells marked `#| gpu`: they define `step_rate`, `rungs` and `miniature`"
+    "The cells marked `#| gpu`: they define `step_rate`, `phases`, `rungs` and `miniature`"
     found = [cell for p in sorted(NBS.glob("[0-9]*.ipynb")) for cell in code_cells(p)]
     return [(id, source) for id, source in found if "gpu" in directives(source)]
 
@@ -231,29 +232,42 @@ def run_notebook(path: Path, job: dict):
 
 
 def measuring() -> dict:
-    "`step_rate`, `rungs` and `miniature`, as the notebook defines them on top of the package's trainer"
+    "`step_rate`, `phases`, `rungs` and `miniature`, as the notebook defines them on top of the trainer"
     from gpt2_nb import train
     namespace = dict(vars(train), __name__="measuring")
     for id, source in measuring_cells(): exec(compile(source, f"<cell {id}>", "exec"), namespace)
     return namespace
 
 
+def clocks() -> dict:
+    "The card's clock, power and temperature right now"
+    wanted = dict(sm_mhz="clocks.sm", power_w="power.draw", celsius="temperature.gpu")
+    words = ["nvidia-smi", f"--query-gpu={','.join(wanted.values())}", "--format=csv,noheader,nounits"]
+    if not shutil.which(words[0]): return {}
+    values = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()[0].split(",")
+    return dict(zip(wanted, (float(v) for v in values)))
+
+
 def run_rate(name: str, job: dict):
     "Measure one rung and record it; a memory that is too small is a result as well"
     import torch
     defined = measuring()
-    cfg, device = defined["rungs"][name], "cuda" if job["cuda"] else "cpu"
-    if not job["cuda"]: cfg = defined["miniature"](cfg)
-    few = {} if job["cuda"] else dict(warm_up=1, seconds=0.2)
+    rung = dict(defined["rungs"][name])
+    measure, cfg = rung.pop("measure", "step_rate"), rung.pop("cfg")
+    if not job["cuda"]:
+        cfg = defined["miniature"](cfg)
+        rung |= dict(val_tokens=160) if measure == "phases" else dict(warm_up=1, seconds=0.2)
     start = time.time()
-    try: found = defined["step_rate"](cfg, device, **few)
+    try: found = defined[measure](cfg, "cuda" if job["cuda"] else "cpu", **rung)
     except torch.OutOfMemoryError as e: found = dict(ok=False, out_of_memory=True, error=in_words(e))
     except Exception as e:
         traceback.print_exc(file=sys.stdout)
         found = dict(ok=False, error=in_words(e))
     else: found = dict(ok=math.isfinite(found["loss"]), **found)
     sizes, choices = "n_layer n_head n_embd block_size batch_size padded_vocab_size", "dtype compile attention"
-    shape = {key: getattr(cfg, key) for key in f"{sizes} {choices} grad_checkpoint".split()}
+    names = f"{sizes} {choices} grad_checkpoint bf16_residual".split()
+    shape = {key: getattr(cfg, key) for key in names}
+    if job["cuda"]: found |= clocks()
     record(job["out"], kind="rate", name=job["prefix"] + name, **found, seconds=round(time.time() - start, 2),
            config=shape, **job["stamp"])
 
@@ -288,6 +302,7 @@ def start(job: dict, limit: float) -> tuple[int | None, str]:
                 if apart: os.killpg(process.pid, signal.SIGKILL)
                 else: process.kill()
                 process.wait()
+                shutil.rmtree(compiled, ignore_errors=True) # a half-written file there would fail all that follow
         errors.seek(0)
         return code, errors.read().strip()
 
@@ -307,6 +322,9 @@ def figures(result: dict) -> str:
         return result.get("error") or result.get("not_run") or counts
     if result.get("out_of_memory"): return "out of memory"
     if not result["ok"]: return result.get("error", "loss not finite")
+    if "phases" in result:
+        spent = {line["kind"]: line.get("seconds") for line in result["phases"]}
+        return ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items() if seconds)
     mfu = f", MFU {result['mfu']:.1%}" if result.get("mfu") else ""
     peak = f", {result['peak_bytes'] / 2**30:.1f} GiB" if result.get("peak_bytes") else ""
     return f"{result['tokens_per_s']:,.0f} tokens/s{mfu}{peak}, loss {result['loss']:.3f}"
@@ -380,21 +398,25 @@ def parent(flags) -> int:
     tests = {p: [prefix + name for name in [*cuda_tests(p).values(), ordinary_name(p)]] for p in notebooks()}
     rates = [] if flags.tests_only else ask(dict(what="rungs", name=""))
     tasks = tests | {name: [prefix + name] for name in rates} # right or wrong comes first
+    tasks = {task: names for task, names in tasks.items() if flags.only in name_of(task)}
     names = [name for task in tasks.values() for name in task]
     to_do = [task for task in tasks if not all(settled(before.get(name)) for name in tasks[task])]
     to_do.sort(key=lambda task: any(name in before for name in tasks[task])) # what has failed to end, last
 
-    made = set()
-    for task in to_do:
-        if left() < WORTH_S: print(f"  skipped, the budget is used up: {name_of(task)}", flush=True)
-        elif task in tests: do_notebook(task, job, tests[task], min(NOTEBOOK_S, left()))
+    def do_test(path):
+        if left() < WORTH_S: print(f"  skipped, the budget is used up: {path.name}", flush=True)
+        else: do_notebook(path, job, tests[path], min(NOTEBOOK_S, left()))
+
+    with ThreadPoolExecutor(flags.jobs) as pool: list(pool.map(do_test, [t for t in to_do if t in tests]))
+    for task in [task for task in to_do if task not in tests]:
+        if left() < WORTH_S: print(f"  skipped, the budget is used up: {task}", flush=True)
         elif do_rate(task, job, min(RATE_S, left())):
             print(f"  {figures(results([out], stamp)[prefix + task]):54}{prefix + task}", flush=True)
         else: print(f"  stopped at the end of the budget: {task}", flush=True)
-        made |= set(tasks[task])
+    made = {name for task in to_do for name in tasks[task]}
 
     found = results(files, stamp)
-    failing = {path.stem for path, (*_, ordinary) in tests.items() if wrong(found.get(ordinary))}
+    failing = {path.stem for path in tests if path in tasks and wrong(found.get(tests[path][-1]))}
     print()
     summary(found, names + [name for name, r in found.items() if r.get("ordinary") and r["notebook"] in failing])
     there = len([name for name in names if name in before and name not in made])
@@ -410,6 +432,8 @@ if __name__ == "__main__":
     parser.add_argument("--commit", default="", help="the commit to note, where there is no git")
     parser.add_argument("--again", action="store_true", help="repeat what has a result for this card, torch and code")
     parser.add_argument("--tests_only", action="store_true", help="measure nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks to test at a time (1); measuring is never shared")
+    parser.add_argument("--only", default="", help="only notebooks and measurements with this text in their name")
     parser.add_argument("--pretend", action="store_true", help="without a GPU: rewrite cuda cells for the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     flags = parser.parse_args()

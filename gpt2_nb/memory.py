@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['padded_logits', 'chunk_loss', 'ChunkedLoss', 'chunk_rows', 'equal_chunks', 'logits_budget', 'linear_cross_entropy',
-           'checkpoint_block', 'activation_bytes']
+           'checkpoint_block', 'activation_bytes', 'device_memory', 'training_bytes']
 
 # %% ../nbs/04_memory.ipynb #5a6b9ac1
 import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -184,3 +185,28 @@ def activation_bytes(
     outside = 2 * stream * C + 24 # the last LayerNorm, the loss, ids
     if not checkpointed: return cfg.n_layer * block + outside
     return cfg.n_layer * stream * C + block + outside # one block is being computed again
+
+# %% ../nbs/04_memory.ipynb #8e6b3b5d
+def device_memory(
+    device: torch.device,
+) -> int: # bytes
+    "A GPU's memory; half of the machine's where training shares it with other programs"
+    if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory
+    try: return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError): return 2**33 # Windows has no such function
+
+# %% ../nbs/04_memory.ipynb #daebe5a3
+def training_bytes(
+    cfg: GPTConfig, # the model's shape; without dropout
+    tokens: int, # B * T, of a micro-batch
+    memory: int, # bytes of the device, which set the size of a chunk of logits
+    bf16: bool = False, # under bf16 autocast; otherwise in fp32
+    checkpointed: bool = False, # with `checkpoint_block`
+    bf16_stream: bool = False, # with the residual stream in bf16
+    shards: int = 1, # ranks that share the weights, gradients and moments
+) -> int: # bytes
+    "About what a training step with AdamW holds at its peak, on each device"
+    weights = cfg.n_params * 16 // shards + cfg.n_params * 2 * bf16
+    kept = tokens * activation_bytes(cfg, bf16, checkpointed, bf16_stream)
+    rows = min(tokens, chunk_rows(cfg.vocab_rows, cfg.n_embd, memory // 8))
+    return weights + kept + 8 * rows * cfg.vocab_rows

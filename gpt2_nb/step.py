@@ -223,10 +223,12 @@ def compile_step(
     step_model: nn.Module, # as returned by `parallelize`
     dist: Dist, # this rank
     backend: str | Callable = "inductor", # see `torch.compile`
+    regions: bool | None = None, # True for blocks and loss by themselves; None if several ranks
 ) -> tuple[nn.Module, Callable]: # the model that a step calls, and its loss function
     "Compile for one shape of batch: the whole model on one rank, on several its blocks and loss"
     how = dict(dynamic=False, backend=backend)
-    if dist.world_size == 1: return torch.compile(step_model, **how), linear_cross_entropy
+    if regions is None: regions = dist.world_size > 1
+    if not regions: return torch.compile(step_model, **how), linear_cross_entropy
 
     torch._dynamo.config.optimize_ddp = False # else DDP's buckets cut the graphs
     for block in model.transformer.h: block.compile(**how) # in place

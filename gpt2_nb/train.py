@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OURS', 'catch_signals', 'Run', 'settle', 'resolve', 'check_identity', 'shared_data', 'saved_data', 'make_model',
-           'open_choices', 'open_run', 'within_documents', 'best_loss', 'validate', 'sample', 'hellaswag', 'describe',
-           'check_skips', 'out_of_patience', 'out_of_memory_advice', 'told_to_stop', 'loop', 'train', 'finish', 'main']
+           'open_choices', 'open_run', 'within_documents', 'best_loss', 'validate', 'uncompiled', 'sample', 'hellaswag',
+           'describe', 'check_skips', 'out_of_patience', 'out_of_memory_advice', 'told_to_stop', 'loop', 'train',
+           'finish', 'main']
 
 # %% ../nbs/19_train.ipynb #48bf7ec0
 import json
@@ -25,7 +26,7 @@ from .core import (InputError, atomic_write, cli, is_out_of_memory, new_folder, 
                           posix_path, seed_everything)
 from .bpe import BPE
 from .model import GPT, GPTConfig, flops_per_token
-from .memory import checkpoint_block
+from .memory import checkpoint_block, device_memory, linear_cross_entropy
 from .pretrained import read_json
 from .folders import checkpoints, load_model, read_best, saved_shape
 from .generate import generate_text
@@ -33,13 +34,13 @@ from .loader import ShardLoader, document_mask, document_positions
 from .optim import lr_at, make_optimizer
 from .distributed import (Dist, FlagPoll, all_sum, broadcast_object, distributed, from_main,
                                  gathered, parallelize, same_output)
-from .step import (attention_kernel, bf16_hint, bits_per_byte, choose_attention, dtype_name,
-                          evaluate_loss, mfu, precision, train_step)
+from .step import (attention_kernel, bf16_hint, bits_per_byte, choose_attention, compile_step,
+                          dtype_name, evaluate_loss, mfu, precision, same_shape, train_step)
 from .hellaswag import Choices, evaluate, load_examples, tokenize
 from .checkpoint import hold_folder, latest_checkpoint, load_checkpoint, save_checkpoint
 from .runlog import Meter, Profile, RunLog, changes, environment, plot_run, reporter
-from .recipe import (Data, TrainConfig, make_config, model_config, open_data, resume_config,
-                            saved_config, share_out)
+from .recipe import (Data, TrainConfig, fit_batch, make_config, model_config, open_data,
+                            resume_config, saved_config, share_out)
 
 # these have moved to earlier chapters, and can still be imported from here
 from .step import PEAK_FLOPS as PEAK_FLOPS
@@ -74,6 +75,7 @@ class Run:
     dist: Dist
     model: GPT
     step_model: nn.Module # what a step calls: `model`, wrapped for several ranks or compiled
+    loss_fn: Callable # computes a step's loss
     optimizer: torch.optim.Optimizer
     loader: ShardLoader
     accumulate: int # micro-batches in a step of this rank
@@ -91,9 +93,12 @@ def settle(
     dist: Dist,
 ) -> tuple[TrainConfig, int, int]: # settled; sequences in a micro-batch; micro-batches
     "Decide what the configuration leaves open, and set PyTorch's flags"
+    cfg = replace(cfg, dtype=dtype_name(dist.device, cfg.dtype))
+    if not cfg.batch_size:
+        shape = model_config(cfg, 50_257 if cfg.tokenizer == "gpt2" else cfg.vocab_size)
+        cfg = replace(cfg, batch_size=fit_batch(cfg, shape, device_memory(dist.device), dist))
     micro, accumulate = share_out(cfg, dist.world_size)
-    tokens = micro * accumulate * cfg.block_size * dist.world_size
-    cfg = replace(cfg, total_batch_size=tokens, dtype=dtype_name(dist.device, cfg.dtype))
+    cfg = replace(cfg, total_batch_size=micro * accumulate * cfg.block_size * dist.world_size)
     precision(dist.device, cfg.dtype)
     choose_attention(dist.device, cfg.attention)
     return cfg, micro, accumulate
@@ -208,19 +213,20 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     if adapt: adapt(model, cfg)
     model.to(dist.device)
     if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block # less memory
+    if cfg.bf16_residual: model.transformer.stream_dtype = torch.bfloat16
     if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # but each rank draws its own dropout
 
-    step_model = parallelize(model, dist, cfg.parallel)
+    step_model, loss_fn = parallelize(model, dist, cfg.parallel), linear_cross_entropy
     optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, betas=(0.9, cfg.beta2))
     loader = data.loader(micro, dist, cfg.seed)
     step = load_checkpoint(*found, model, optimizer, loader, dist) if found else 0
-    if cfg.compile: step_model = torch.compile(step_model) # `model` itself stays uncompiled
+    if cfg.compile: step_model, loss_fn = compile_step(model, step_model, dist)
 
     resolved = resolve(cfg, model.cfg, dist, micro, accumulate)
     note = bf16_hint(dist.device, model.num_params()) if asked == "auto" else ""
     log, changed = _open_log(cfg, out, dist, step, report, resolved)
     if dist.is_main: _write_config(cfg, out, model.cfg, resolved, data, step)
-    return Run(cfg, out, dist, model, step_model, optimizer, loader, accumulate, data, log, step,
+    return Run(cfg, out, dist, model, step_model, loss_fn, optimizer, loader, accumulate, data, log, step,
                choices, resolved, good={step} if found else set(), note=changed or note)
 
 # %% ../nbs/19_train.ipynb #9d90ab98
@@ -288,13 +294,17 @@ def validate(
     run: Run,
 ) -> dict: # loss (nats per token), bits_per_byte, tokens
     "Validation loss, written to the log; this step's checkpoint may become the best"
-    cfg, data = run.cfg, run.data
-    tokens = 32_768 if run.dist.device.type == "cuda" else 4096 # in a batch
+    cfg, data, dist = run.cfg, run.data, run.dist
+    begin = time.perf_counter()
+    tokens = 32_768 if dist.device.type == "cuda" else 4096 # in a batch
     batches = data.val(max(1, tokens // cfg.block_size))
-    autocast = precision(run.dist.device, cfg.dtype)
-    loss, n = evaluate_loss(run.model, batches, autocast, run.dist, within_documents(run))
+    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no third shape
+
+    model = run.step_model if dist.world_size == 1 else run.model # compiled, if the run is
+    autocast = precision(dist.device, cfg.dtype)
+    loss, n = evaluate_loss(model, batches, autocast, dist, within_documents(run), run.loss_fn)
     result = dict(loss=loss, bits_per_byte=bits_per_byte(loss, n, data.val_bytes), tokens=n)
-    run.log("val", step=run.step, **result)
+    run.log("val", step=run.step, **result, seconds=time.perf_counter() - begin)
 
     saved = run.dist.is_main and (run.out/"ckpt"/f"{run.step:08d}").exists()
     if saved and math.isfinite(loss) and loss < best_loss(run):
@@ -302,17 +312,26 @@ def validate(
         with atomic_write(run.out/"best.json", "w") as f: json.dump(best, f)
     return result
 
+# %% ../nbs/19_train.ipynb #0a88687c
+def uncompiled(
+    run: Run,
+): # a context
+    "In it, compiled blocks run as they are, whatever the shape of their input"
+    return torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext()
+
 # %% ../nbs/19_train.ipynb #11e30ff5
 def sample(
     run: Run,
     max_new_tokens: int = 200,
 ) -> str:
     "Let the model write a text, and add it to the log and `samples.txt`; all ranks must call this"
+    begin = time.perf_counter()
     generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step)
     how = dict(max_new_tokens=max_new_tokens, temperature=0.8, top_k=50, generator=generator)
-    with gathered(run.model), same_output(run.model.lm_head, run.dist):
+    alike = same_output(run.model.lm_head, run.dist)
+    with uncompiled(run), gathered(run.model), alike:
         text, = generate_text(run.model, run.data.tokenizer, run.cfg.sample_prompt, **how)
-    run.log("sample", step=run.step, text=text)
+    run.log("sample", step=run.step, text=text, seconds=time.perf_counter() - begin)
     if run.dist.is_main:
         with open(run.out/"samples.txt", "a", encoding="utf-8") as f:
             f.write(f"--- step {run.step}\n{text}\n\n")
@@ -323,16 +342,17 @@ def hellaswag(
     run: Run,
 ) -> dict: # `completion_acc`, ..., `harness_acc_norm` (0 to 1), `examples`
     "Accuracy on HellaSwag in both styles, written to the log; all ranks must call this"
-    dist, autocast = run.dist, precision(run.dist.device, run.cfg.dtype)
+    begin, dist = time.perf_counter(), run.dist
+    autocast = precision(dist.device, run.cfg.dtype)
     def add_up(t): return all_sum(t.to(dist.device), dist).cpu()
 
     reduce = add_up if dist.world_size > 1 else None
-    with gathered(run.model):
+    with uncompiled(run), gathered(run.model):
         scores = evaluate(run.model, run.choices, autocast=autocast, rank=dist.rank,
                           world_size=dist.world_size, reduce=reduce)
     accuracies = {name: accuracy.mean for name, accuracy in scores.accuracies().items()}
     result = accuracies | dict(examples=len(scores.examples))
-    run.log("hellaswag", step=run.step, **result)
+    run.log("hellaswag", step=run.step, **result, seconds=time.perf_counter() - begin)
     return result
 
 # %% ../nbs/19_train.ipynb #aa29d201
@@ -440,7 +460,7 @@ def loop(
         lr = lr_at(run.step, cfg.max_iters, cfg.learning_rate, cfg.warmup_iters, cfg.min_lr,
                    cfg.schedule)
         meter.add(train_step(run.step_model, run.optimizer, micro_batches, lr, cfg.grad_clip,
-                             autocast, dist, extra))
+                             autocast, dist, extra, run.loss_fn))
         run.step += 1
         profile.step()
 
