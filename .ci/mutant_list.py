@@ -6,6 +6,12 @@ Of each: a name, what is wrong in plain words, and texts in pairs, code and what
 MUTANTS = {
     "00_core": [
         (
+            "same-temporary",
+            "two processes that write one file use the same temporary name",
+            'os.urandom(4).hex()}.tmp"',
+            '00000000.tmp"',
+        ),
+        (
             "dtype-ignored",
             "`test_tensor` does not compare dtypes",
             'assert a.dtype == b.dtype, f"dtypes differ: {a.dtype} and {b.dtype}"',
@@ -346,6 +352,18 @@ MUTANTS = {
     ],
     "13_distributed": [
         (
+            "everybody-reports",
+            "each rank that fails reports its error, and not only the first",
+            "if first and isinstance(e, Exception):",
+            "if isinstance(e, Exception):",
+        ),
+        (
+            "same-question",
+            "a delayed poll answers with what it has just asked",
+            "before, self.pending = self.pending, self.ask(flag)",
+            "before = self.pending = self.ask(flag)",
+        ),
+        (
             "no-all-reduce",
             "the sum over ranks is this rank's own",
             "    torch_dist.all_reduce(x)\n",
@@ -421,6 +439,12 @@ MUTANTS = {
         ),
     ],
     "16_checkpoint": [
+        (
+            "own-names",
+            "each rank draws a temporary name of its own",
+            "broadcast_object(drawn, dist, group)",
+            "temporary_name(final)",
+        ),
         (
             "no-generators",
             "a checkpoint leaves out the random generators",

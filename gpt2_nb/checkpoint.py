@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from .core import InputError, atomic_write, lock_folder, new_folder, posix_path, sha256
+from .core import (InputError, atomic_write, leftovers, lock_folder, new_folder, posix_path,
+                          sha256, temporary_name)
 from .model import GPT
 from .folders import checkpoints, read_best, read_state
 from .loader import ShardLoader
@@ -205,13 +206,10 @@ def first_cause(
 def _write_checkpoint(out, step, weights, training, position, dist, keep, good, group=None) -> Path:
     "Write `ckpt/STEP/`, completely or not at all, and remove old checkpoints"
     final = out/"ckpt"/f"{step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    def begin():
-        shutil.rmtree(temporary, ignore_errors=True) # left by an attempt that was killed
-        temporary.mkdir(parents=True)
-
+    drawn = temporary_name(final) if dist.is_main else None
+    temporary = broadcast_object(drawn, dist, group) # all ranks write into one folder
     try:
-        on_main(begin, dist, group)
+        on_main(lambda: temporary.mkdir(parents=True), dist, group)
         save_tensors(weights, temporary, dist, "model.safetensors", group)
         save_tensors(training, temporary/"training", dist, group=group)
         on_main(lambda: publish(temporary, final, dict(step=step, loader=position)), dist, group)
@@ -303,6 +301,9 @@ def hold_folder(
         if dist.is_main:
             stack.enter_context(new_folder(out, ()))
             stack.enter_context(lock_folder(out, share=True))
+            for path in leftovers(out, r".+\.jsonl?"): path.unlink()
+            older = (out/"ckpt").glob("." + "[0-9]" * 8 + ".tmp") # as earlier versions named them
+            for path in (*leftovers(out/"ckpt", r"\d{8}"), *older): shutil.rmtree(path)
         barrier(dist)
         if not dist.is_main and out.is_dir(): stack.enter_context(lock_folder(out, join=True))
         yield

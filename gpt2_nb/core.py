@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'test_tensor', 'test_raises', 'test_errors', 'seed_everything', 'InputError', 'test_each_refused',
-           'pick_device', 'compare_times', 'has_fast_bf16', 'pick_dtype', 'atomic_write', 'sha256', 'posix_path',
-           'native_path', 'parse_json', 'known_fields', 'new_folder', 'lock_folder', 'cache_dir', 'wheel_files',
-           'flags_of', 'FlagParser', 'parse_flags', 'Limit', 'check_flags', 'choices_of', 'is_out_of_memory',
-           'out_of_resources', 'run_command', 'forgiving_streams', 'cli', 'python', 'torchrun', 'test_refusals',
-           'story', 'plot_style', 'Drawing']
+           'pick_device', 'compare_times', 'has_fast_bf16', 'pick_dtype', 'temporary_name', 'leftovers', 'atomic_write',
+           'sha256', 'posix_path', 'native_path', 'parse_json', 'known_fields', 'new_folder', 'lock_folder',
+           'cache_dir', 'wheel_files', 'flags_of', 'FlagParser', 'parse_flags', 'Limit', 'check_flags', 'choices_of',
+           'is_out_of_memory', 'out_of_resources', 'failure_line', 'run_command', 'forgiving_streams', 'cli', 'python',
+           'torchrun', 'test_refusals', 'story', 'plot_style', 'Drawing']
 
 # %% ../nbs/00_core.ipynb #7792242d
 import argparse
@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -141,17 +142,32 @@ def pick_dtype(device: torch.device, name: str = "auto") -> torch.dtype: # auto,
     if name in dtypes: return dtypes[name]
     raise InputError(f"unknown dtype {name!r}: use auto, {' or '.join(dtypes)}")
 
+# %% ../nbs/00_core.ipynb #8a258e88
+def temporary_name(path: Path) -> Path:
+    "A name beside `path` that no other process has, on any machine that shares the folder"
+    host = re.sub(r"\W", "-", socket.gethostname())[:32]
+    return path.with_name(f".{path.name}.{host}-{os.urandom(4).hex()}.tmp")
+
+
+def leftovers(
+    folder: Path, # may be missing
+    names: str, # a regular expression for the final names of the files or folders
+) -> list[Path]: # sorted
+    "What killed processes have left under temporary names; hold the folder's lock to remove it"
+    form = rf"\.({names})\.([\w-]+-[0-9a-f]{{8}}|\d+)\.tmp" # older versions wrote the PID alone
+    return sorted(p for p in folder.glob(".*.tmp") if re.fullmatch(form, p.name))
+
 # %% ../nbs/00_core.ipynb #c10e5b4f
 @contextmanager
 def atomic_write(path, mode: str = "wb"): # the final name, and a mode as for `open`
     "Open a file that appears under `path` only once it is complete; after an error nothing is left"
-    path = Path(path).resolve() # for a link, the file that it points to
-    text = {} if "b" in mode else dict(encoding="utf-8", newline="\n")
+    path, text = Path(path), {} if "b" in mode else dict(encoding="utf-8", newline="\n")
     if path.exists() and not path.is_file(): # a pipe or a device is written to, and never replaced
         with open(path, mode, **text) as f: yield f
         return
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = path.resolve() # for a link, the file that it points to
+    temporary = temporary_name(path)
     try:
         with open(temporary, mode, **text) as f:
             yield f
@@ -388,6 +404,13 @@ def out_of_resources(e: BaseException) -> str: # one line; empty if something el
     return f"{e.filename}: {reasons[e.errno]}" if e.filename else reasons[e.errno]
 
 
+def failure_line(e: BaseException) -> str: # empty for a defect, which needs its traceback
+    "How a command reports an exception in one line"
+    message = str(e) if isinstance(e, InputError) else out_of_resources(e)
+    if not message: return ""
+    return f"{Path(sys.argv[0]).stem}: error: {' '.join(message.splitlines())}"
+
+
 def run_command(f, spec):
     "Call `f` with the flags of the command line, and report known failures in one line"
     try:
@@ -396,9 +419,9 @@ def run_command(f, spec):
     except KeyboardInterrupt: sys.exit(130) # a shell's code for Ctrl-C; no traceback
     except BrokenPipeError: os._exit(141) # and for SIGPIPE; `sys.exit` would write again
     except Exception as e:
-        message = str(e) if isinstance(e, InputError) else out_of_resources(e)
-        if not message: raise # a defect: show its traceback
-        sys.exit(f"{Path(sys.argv[0]).stem}: error: {' '.join(message.splitlines())}")
+        line = failure_line(e)
+        if not line: raise # a defect: show its traceback
+        sys.exit(line)
 
 # %% ../nbs/00_core.ipynb #f283e6a0
 def forgiving_streams():

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from .core import (InputError, Limit, atomic_write, check_flags, cli, known_fields,
-                          native_path, new_folder, pick_device, sha256)
+                          native_path, new_folder, pick_device, sha256, temporary_name)
 from .bpe import BPE, EOT
 from .model import GPT, GPTConfig
 from .pretrained import (REPOS, fill_model, find_pretrained, first_names, from_pretrained,
@@ -279,7 +279,7 @@ def atomic_folder(
 ):
     "Fill a folder that appears at `path` only once it is complete; after an error nothing is left"
     final = free_folder(path, may_replace)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(final)
     old = temporary.with_suffix(".old")
 
     with new_folder(final.parent, ()): # makes the folders above, and removes them after an error

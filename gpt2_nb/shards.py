@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from .core import InputError, atomic_write, cache_dir, known_fields, lock_folder
+from .core import InputError, atomic_write, cache_dir, known_fields, leftovers, lock_folder
 from .core import new_folder, sha256
 from .bpe import BPE
 
@@ -359,8 +359,7 @@ def existing_manifest(
 # %% ../nbs/08_shards.ipynb #c3cea6c0
 def remove_temporary_files(folder: Path):
     "Delete the temporary files of a killed process, but no other hidden files"
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.(bin|npy|json)\.\d+\.tmp", path.name): path.unlink()
+    for path in leftovers(folder, r".+\.(bin|npy|json)"): path.unlink()
 
 
 @contextmanager

@@ -32,8 +32,8 @@ from .folders import checkpoints, load_model, read_best, saved_shape
 from .generate import generate_text
 from .loader import ShardLoader, document_mask, document_positions
 from .optim import lr_at, make_optimizer
-from .distributed import (Dist, all_sum, any_rank, broadcast_object, distributed, gathered,
-                                 parallelize)
+from .distributed import (Dist, FlagPoll, all_sum, broadcast_object, distributed, from_main,
+                                 gathered, parallelize, same_output)
 from .step import (attention_kernel, bf16_hint, bits_per_byte, choose_attention, compile_step,
                           dtype_name, evaluate_loss, mfu, precision, same_shape, train_step)
 from .hellaswag import Choices, evaluate, load_examples, tokenize
@@ -53,12 +53,12 @@ from .recipe import check_config as check_config
 # %% ../nbs/19_train.ipynb #9f49ee74
 @contextmanager
 def catch_signals():
-    "Record SIGINT and SIGTERM in a list; a second one of the same kind acts as usual"
+    "Record SIGINT and SIGTERM in a list; a second SIGINT acts as usual"
     noted, before = [], {}
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT: signal.signal(number, before[number])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM): before[number] = signal.signal(number, note)
@@ -143,11 +143,14 @@ def shared_data(
 ) -> Data:
     "Open a run's data on all ranks; the first rank makes it if necessary"
     data = None
-    if dist.is_main:
+    def make():
+        nonlocal data
         data = get_data(cfg, out, given)
         check_identity(out, data)
         data.tokenizer.save(out/"tokenizer.json")
-    tokens = broadcast_object(data and data.tokenizer.tokens, dist) # the others wait here
+        return data.tokenizer.tokens
+
+    tokens = from_main(make, dist, f"preparing {cfg.data}")
     return data or get_data(cfg, out, BPE(tokens))
 
 # %% ../nbs/19_train.ipynb #e99c56d6
@@ -194,7 +197,7 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     "Find or make every part of a run"
     asked, (cfg, micro, accumulate) = cfg.dtype, settle(cfg, dist)
     report = reporter(cfg.report_to, out, asdict(cfg)) if dist.is_main else None
-    found = broadcast_object(latest_checkpoint(out) if dist.is_main else None, dist)
+    found = from_main(lambda: latest_checkpoint(out), dist, "checking the checkpoints")
     if found and cfg.max_iters < found[1]["step"]:
         raise InputError(f"{out} is at step {found[1]['step']} already, beyond "
                          f"--max_iters {cfg.max_iters}")
@@ -329,7 +332,8 @@ def sample(
     begin = time.perf_counter()
     generator = torch.Generator(run.dist.device).manual_seed(run.cfg.seed + run.step)
     how = dict(max_new_tokens=max_new_tokens, temperature=0.8, top_k=50, generator=generator)
-    with uncompiled(run), gathered(run.model):
+    alike = same_output(run.model.lm_head, run.dist)
+    with uncompiled(run), gathered(run.model), alike:
         text, = generate_text(run.model, run.data.tokenizer, run.cfg.sample_prompt, **how)
     run.log("sample", step=run.step, text=text, seconds=time.perf_counter() - begin)
     if run.dist.is_main:
@@ -422,15 +426,13 @@ def told_to_stop(
     run: Run,
     signals: list, # numbers of the signals received
     parent: int | None, # process id of the launcher; None to ignore it
-    logged: bool, # whether this step waits for the device anyway
+    poll: FlagPoll, # the same one at every step
 ) -> bool: # the same on every rank
     "Whether some rank was told to stop, or has lost its launcher"
     dist = run.dist
     orphaned = dist.world_size > 1 and parent not in (None, os.getppid()) # torchrun was killed
     if orphaned and not signals: signals.append(int(signal.SIGTERM))
-    if dist.world_size > 1 and dist.device.type == "cuda" and not logged:
-        return False # asking the others would wait for the device
-    return any_rank(bool(signals), dist)
+    return poll(bool(signals))
 
 # %% ../nbs/19_train.ipynb #2841aad9
 def loop(
@@ -443,7 +445,7 @@ def loop(
     cfg, dist = run.cfg, run.dist
     autocast, extra = precision(dist.device, cfg.dtype), within_documents(run)
     profile = Profile(run.out/"profile", cfg.profile if dist.is_main else 0)
-    batches, first = iter(run.loader), run.step
+    batches, first, poll = iter(run.loader), run.step, FlagPoll(dist)
     result, stopped = {}, 0
 
     while True:
@@ -467,7 +469,7 @@ def loop(
         profile.step()
 
         logged = run.step == 1 or run.step % cfg.log_interval == 0 or run.step == cfg.max_iters
-        told = told_to_stop(run, signals, parent, logged)
+        told = told_to_stop(run, signals, parent, poll)
         if logged or told: check_skips(run, meter.read(run.step, lr, result, logged))
         if told: stopped = signals[0] if signals else int(signal.SIGTERM)
     profile.close()
