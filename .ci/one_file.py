@@ -64,6 +64,7 @@ EDITS = {
     "train_step": [(r"^ +dist: Dist.*\n", "", 1), (r"^ +extra: Callable.*\n", "", 1),
                    (r"target_shares\(batches, dist\)", "target_shares(batches)", 1),
                    (r"^        more = extra.*\n", "", 1),
+                   (r"\(x, y, \*rest\)", "(x, y)", 1), (r", and what else `extra` uses", "", WORDS),
                    (r"^        with grad_sync.*\n((?:            .*\n)+)",
                     lambda m: re.sub(r"^    ", "", m[1], flags=re.M), 1),
                    (r", loss=loss_fn, \*\*more", "", 1), (r"^ +loss_fn: Callable.*\n", "", 1),

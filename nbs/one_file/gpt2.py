@@ -245,7 +245,7 @@ def lr_at(step: int, max_iters: int, learning_rate: float, warmup_iters: int = 0
 
 def target_shares(batches: list) -> torch.Tensor: # (micro-batches,)
     "Each micro-batch's share of the step's targets"
-    counts = torch.stack([(y != -1).sum() for _, y in batches])
+    counts = torch.stack([(y != -1).sum() for _, y, *_ in batches])
     total = counts.sum().clamp(min=1)
     return counts / total
 
