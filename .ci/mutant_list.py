@@ -301,8 +301,8 @@ MUTANTS = {
         (
             "last-state",
             "the state of the loader stays where it began",
-            'self.epoch, self.position = state["epoch"], state["position"]\n    return x, y',
-            "return x, y",
+            'self.epoch, self.position = state["epoch"], state["position"]\n    return batch',
+            "return batch",
         ),
     ],
     "12_optim": [
