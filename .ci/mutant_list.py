@@ -66,14 +66,26 @@ MUTANTS = {
         (
             "no-root",
             "scores are divided by the head's width, not by its root",
-            "scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)",
-            "scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=1 / q.shape[-1])",
+            "scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=T > 1)",
+            "scaled_dot_product_attention(q, k, v, None, dropout_p, T > 1, scale=1 / q.shape[-1])",
         ),
         (
             "mask-off-by-one",
             "with a cache, each position sees one position of its future",
             ".tril(past)",
             ".tril(past + 1)",
+        ),
+        (
+            "cudnn-with-mask",
+            "cuDNN may compute attention with a mask, although its gradients can be NaN",
+            "SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]",
+            "SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]",
+        ),
+        (
+            "documents-not-causal",
+            "within a document, a token sees those after it",
+            "None, dropout_p, is_causal=True)",
+            "None, dropout_p, is_causal=False)",
         ),
         (
             "heads-mixed",
@@ -325,8 +337,8 @@ MUTANTS = {
         (
             "last-state",
             "the state of the loader stays where it began",
-            'self.epoch, self.position = state["epoch"], state["position"]\n    return x, y',
-            "return x, y",
+            'self.epoch, self.position = state["epoch"], state["position"]\n    return batch',
+            "return batch",
         ),
     ],
     "12_optim": [

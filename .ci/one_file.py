@@ -40,7 +40,11 @@ EDITS = {
                 (r"^        T = k\.shape\[2\]\n", "", 1),
                 (r"self\.length \+ T$", "self.length + k.shape[2]", 1)],
     "CausalSelfAttention": [(MASK, "", 1),
-                            (r"causal = mask is None and T > 1", "mask, causal = None, T > 1", 1),
+                            (r"^        if mask is None and T > 1 and past:", "        mask = None\n"
+                             "        if T > 1 and past:", 1),
+                            (r"^        if mask is None: # one new.*\n((?:.*\n){3})(?=\n)",
+                             "        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, "
+                             "T > 1 and not past)\n", 1),
                             (r", or to what the mask allows", "", WORDS)],
     "Block": [(MASK, "", 1), (r", cache, mask\)", ", cache)", 1)],
     "GPTConfig": [(r"^    padded_vocab_size: int.*\n", "", 1), (r"^    @property\n(.*\n)+", "", 1)],
@@ -60,6 +64,7 @@ EDITS = {
     "train_step": [(r"^ +dist: Dist.*\n", "", 1), (r"^ +extra: Callable.*\n", "", 1),
                    (r"target_shares\(batches, dist\)", "target_shares(batches)", 1),
                    (r"^        more = extra.*\n", "", 1),
+                   (r"\(x, y, \*rest\)", "(x, y)", 1), (r", and what else `extra` uses", "", WORDS),
                    (r"^        with grad_sync.*\n((?:            .*\n)+)",
                     lambda m: re.sub(r"^    ", "", m[1], flags=re.M), 1),
                    (r", loss=loss_fn, \*\*more", "", 1), (r"^ +loss_fn: Callable.*\n", "", 1),

@@ -28,7 +28,7 @@ from .pretrained import REPOS, find_pretrained, gpt_config, read_json
 from .folders import read_tokenizer, run_of, saved_shape
 from .shards import find_shards, list_shards, read_shard
 from .documents import train_val_parts
-from .loader import GlobalOrder, shuffled
+from .loader import GlobalOrder, document_bounds, shuffled
 from .distributed import Dist, launched
 from .train import (
     FIXED, LIMITS, Data, TrainConfig, check_config, finish, open_data, resume_config, train)
@@ -156,17 +156,20 @@ class WindowLoader(GlobalOrder):
         batch_size: int, # B, windows in a batch on this rank
         dist: Dist = Dist(), # which of the processes this is
         seed: int = 0, # of the order
+        eot: int | None = None, # if given, batches have a third part, from `document_bounds`
     ):
         super().__init__(partial(shuffled, len(x), seed)) # epoch -> order
-        self.x, self.y = x, y
+        self.x, self.y, self.eot = x, y, eot
         self.batch_size, self.dist = batch_size, dist
 
     def __iter__(self): return self
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]: # (B, T) each, on the rank's device
-        "Inputs and targets of this rank"
+    def __next__(self) -> tuple[torch.Tensor, ...]: # (B, T) each, on the rank's device; and bounds
+        "Inputs and targets of this rank, and with `eot` their documents"
         mine = torch.from_numpy(self.take(self.batch_size, self.dist.rank, self.dist.world_size))
-        return self.x[mine].to(self.dist.device), self.y[mine].to(self.dist.device)
+        batch = self.x[mine], self.y[mine]
+        if self.eot is not None: batch = *batch, document_bounds(batch[0], self.eot)
+        return tuple(t.to(self.dist.device) for t in batch)
 
 # %% ../nbs/21_finetune.ipynb #7f108df0
 @dataclass(frozen=True)
@@ -325,10 +328,11 @@ def open_examples(cfg: FinetuneConfig, tokenizer: BPE) -> tuple[Data, str]:
         if places: report.append(f"{what:8} {len(places):,}, too long: {first}")
 
     identity, validation = hash_windows((x, y), (val_x, val_y), tokenizer)
+    eot = tokenizer.eot if cfg.document_mask else None
     return Data(
         tokenizer,
         tokens=x.numel(),
-        loader=lambda batch_size, dist, seed: WindowLoader(x, y, batch_size, dist, seed),
+        loader=lambda batch_size, dist, seed: WindowLoader(x, y, batch_size, dist, seed, eot),
         val=lambda batch_size: zip(val_x.split(batch_size), val_y.split(batch_size)),
         val_bytes=tokenizer.count_bytes(val_y[val_y != -1].numpy()),
         identity=identity,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cut_offsets', 'shuffled', 'Epoch', 'cut_windows', 'GlobalOrder', 'prefetched', 'check_lengths', 'check_ids',
-           'ShardLoader', 'val_windows', 'document_mask', 'document_positions']
+           'ShardLoader', 'val_windows', 'document_mask', 'document_positions', 'document_bounds']
 
 # %% ../nbs/11_loader.ipynb #4edeec53
 from collections import deque
@@ -194,6 +194,7 @@ class ShardLoader(GlobalOrder):
         device="cpu", # where batches are put; for CUDA through pinned memory
         prefetch: int | None = None, # batches cut in advance by a thread; None: 32 for CUDA, else 0
         n_vocab: int | None = None, # size of the model's vocabulary; None: ids are not checked
+        eot: int | None = None, # if given, batches have a third part, from `document_bounds`
     ):
         limits = dict.fromkeys(("batch_size", "block_size"), Limit(low=1))
         limits |= dict.fromkeys(("seed", "prefetch"), Limit(low=0))
@@ -203,6 +204,7 @@ class ShardLoader(GlobalOrder):
         self.rank = rank
         self.world_size = world_size
         self.n_vocab = n_vocab
+        self.eot = eot
         self.device = torch.empty(0, device=device).device # resolves the number of the GPU
         self.prefetch = prefetch
         if prefetch is None: self.prefetch = 32 if self.device.type == "cuda" else 0
@@ -216,12 +218,13 @@ class ShardLoader(GlobalOrder):
 
 # %% ../nbs/11_loader.ipynb #a80506d3
 @patch
-def batches(self: ShardLoader) -> Iterator[tuple]: # a state, and x and y of (B, T) int64
+def batches(self: ShardLoader) -> Iterator[tuple]: # a state; and x, y (B, T) int64, and bounds
     "Endless batches of this rank on the CPU, each with the state after it"
     while True:
         shard, at = self.take(self.batch_size, self.rank, self.world_size).T # (B,) each
         batch = cut_windows(self.shards, shard, at, self.block_size)
         if self.n_vocab: check_ids(*batch, self.n_vocab, [self.files[s] for s in shard])
+        if self.eot is not None: batch = *batch, document_bounds(batch[0], self.eot)
 
         if self.device.type == "cuda": # a new thread uses GPU 0 unless told otherwise
             with torch.cuda.device(self.device): batch = [t.pin_memory() for t in batch]
@@ -233,19 +236,19 @@ def __iter__(self: ShardLoader): return self
 
 
 @patch
-def __next__(self: ShardLoader) -> tuple[torch.Tensor, torch.Tensor]: # (B, T) int64 each
-    "Inputs and targets of this rank, on its device"
+def __next__(self: ShardLoader) -> tuple[torch.Tensor, ...]: # (B, T) int64 each; and bounds
+    "Inputs and targets of this rank, on its device, and with `eot` their documents"
     if self._batches is None:
         batches = copy(self).batches()
         self._batches = prefetched(batches, self.prefetch) if self.prefetch else batches
     try:
         state, batch = next(self._batches)
-        x, y = (t.to(self.device, non_blocking=True) for t in batch)
+        batch = tuple(t.to(self.device, non_blocking=True) for t in batch)
     except BaseException: # Ctrl-C too; the state is still that of the last batch
         self._batches = None
         raise
     self.epoch, self.position = state["epoch"], state["position"]
-    return x, y
+    return batch
 
 
 @patch
@@ -293,3 +296,19 @@ def document_positions(
     place = torch.arange(idx.shape[1], device=idx.device).expand_as(idx) # (B, T)
     start = torch.where(idx == eot, place, 0).cummax(1).values # (B, T) of each token's document
     return place - start
+
+# %% ../nbs/11_loader.ipynb #2b3ae039
+def document_bounds(
+    idx: torch.Tensor, # (B, T) token ids; best on the CPU, because this waits for the device
+    eot: int, # id of `<|endoftext|>`, which begins a document
+) -> torch.Tensor: # (N + 1,) int32: the first token of each document in the flattened batch, and B·T
+    "What `GPT` takes as `mask` for attention within documents; as `document_mask`, but short"
+    first = idx == eot
+    first[:, 0] = True # of the row
+    starts = first.flatten().nonzero()[:, 0]
+
+    room = 4 * len(idx)
+    while room < len(starts): room *= 2
+    bounds = torch.full((room + 1,), idx.numel(), dtype=torch.int32, device=idx.device)
+    bounds[:len(starts)] = starts
+    return bounds

@@ -320,7 +320,8 @@ def open_data(
     ids = val_ids(cfg, folder, tokenizer)
     def loader(batch_size, dist, seed):
         return ShardLoader(files, batch_size, cfg.block_size, dist.rank, dist.world_size, seed,
-                           device=dist.device, n_vocab=tokenizer.n_vocab)
+                           device=dist.device, n_vocab=tokenizer.n_vocab,
+                           eot=tokenizer.eot if cfg.document_mask else None)
 
     return Data(
         tokenizer=tokenizer,

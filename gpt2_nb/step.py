@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .core import InputError, has_fast_bf16, pick_dtype
+from .attention import WITH_MASK, has_varlen
 from .model import GPT, GPTConfig, flops_per_token
 from .memory import chunk_loss, linear_cross_entropy
 from .distributed import Dist, all_sum, clip_grad_norm, grad_sync
@@ -29,7 +30,7 @@ def target_shares(
     dist: Dist, # the ranks whose gradients are averaged
 ) -> torch.Tensor: # (micro-batches,)
     "Each micro-batch's share of the step's targets, times the number of ranks"
-    counts = torch.stack([(y != -1).sum() for _, y in batches])
+    counts = torch.stack([(y != -1).sum() for _, y, *_ in batches])
     total = all_sum(counts.sum(), dist).clamp(min=1)
     return counts * dist.world_size / total # averaging gradients will divide by the ranks
 
@@ -37,12 +38,12 @@ def target_shares(
 def train_step(
     model: nn.Module, # a GPT, also wrapped by `parallelize` or `torch.compile`
     optimizer: torch.optim.Optimizer,
-    batches: list, # of (x, y), each (B, T): this rank's micro-batches of the step
+    batches: list, # of (x, y), each (B, T), and what else `extra` uses: this rank's micro-batches
     lr: float, # learning rate of this step
     grad_clip: float = 1.0, # largest norm of the gradient; 0 for no limit
     autocast=nullcontext, # returns a context for the forward pass
     dist: Dist = Dist(), # this rank; losses and gradients are averaged over all ranks
-    extra: Callable | None = None, # maps x to further arguments of the model, such as `mask`
+    extra: Callable | None = None, # maps a batch without y to further arguments of the model
     loss_fn: Callable = linear_cross_entropy, # or a compiled one, from `compile_step`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean loss, norm before clipping, skipped
     "Accumulate, average, clip and update; with a fused optimizer, this never waits for the device"
@@ -50,8 +51,8 @@ def train_step(
     shares = target_shares(batches, dist)
     total = 0.0
 
-    for i, (x, y) in enumerate(batches):
-        more = extra(x) if extra else {}
+    for i, (x, y, *rest) in enumerate(batches):
+        more = extra(x, *rest) if extra else {}
         with grad_sync(model, i == len(batches) - 1): # averages after the last piece
             with autocast(): _, loss = model(x, y, loss=loss_fn, **more)
             loss = loss * shares[i]
@@ -122,14 +123,17 @@ def attention_kernel(
     dtype: str, # as returned by `dtype_name`
     cfg: GPTConfig,
     masked: bool = False, # whether attention is given a mask, as with --document_mask
-) -> str: # flash_attention, efficient_attention, cudnn_attention or math; or unknown
+) -> str: # flash_, efficient_, cudnn_ or varlen_attention, or math; or unknown
     "The kernel that PyTorch chooses for the attention of `cfg` in training on `device`"
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     T, head_size = cfg.block_size, cfg.n_embd // cfg.n_head
     try:
         q = torch.empty(1, cfg.n_head, T, head_size, device=device, dtype=kind, requires_grad=True)
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device) if masked else None
-        choice = torch._fused_sdp_choice(q, q, q, mask, cfg.dropout, not masked)
+        if masked and not cfg.dropout and has_varlen(q.device, kind, head_size):
+            return "varlen_attention"
+        with sdpa_kernel(WITH_MASK) if masked else nullcontext():
+            choice = torch._fused_sdp_choice(q, q, q, mask, cfg.dropout, not masked)
         return SDPBackend(choice).name.lower()
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return "unknown" # the function is private, so other versions of PyTorch may not have it
@@ -146,8 +150,9 @@ def evaluate_loss(
 ) -> tuple[float, int]: # nats, and the number of targets
     "Mean loss over every target that counts"
     def batch_loss(x, y):
-        x, y = x.to(dist.device), y.to(dist.device)
-        more = extra(x) if extra else {}
+        more = extra(x) if extra else {} # on the CPU, where it waits for no device
+        x, y, *values = (t.to(dist.device) for t in (x, y, *more.values()))
+        more = dict(zip(more, values))
         with autocast(): _, loss = model(x, y, loss=loss_fn, **more)
         return loss.float()
 

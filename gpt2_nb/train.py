@@ -30,7 +30,7 @@ from .memory import checkpoint_block, device_memory, linear_cross_entropy
 from .pretrained import read_json
 from .folders import checkpoints, load_model, read_best, saved_shape
 from .generate import generate_text
-from .loader import ShardLoader, document_mask, document_positions
+from .loader import ShardLoader, document_bounds, document_positions
 from .optim import lr_at, make_optimizer
 from .distributed import (Dist, FlagPoll, all_sum, broadcast_object, distributed, from_main,
                                  gathered, parallelize, same_output)
@@ -277,11 +277,14 @@ def open_run(
 # %% ../nbs/19_train.ipynb #91f5e916
 def within_documents(
     run: Run,
-) -> Callable | None: # from x (B, T) to the model's mask and positions
+) -> Callable | None: # from x (B, T) and the bounds, if known, to mask and positions
     "A function that keeps attention within documents, if the run asks for that"
     if not run.cfg.document_mask: return None
     eot = run.data.tokenizer.eot
-    return lambda x: dict(mask=document_mask(x, eot), pos=document_positions(x, eot))
+    def arguments(x, bounds=None): # in training, the loader knows them
+        if bounds is None: bounds = document_bounds(x, eot)
+        return dict(mask=bounds, pos=document_positions(x, eot))
+    return arguments
 
 # %% ../nbs/19_train.ipynb #f0eb1fc4
 def best_loss(

@@ -60,12 +60,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts) # (B, H, T, D)
         if cache: k, v = cache.append(k, v) # (B, H, S, D)
 
-        mask, causal = None, T > 1 # one new position may see everything
-        if causal and past: # `is_causal` would align the triangle with the first key
+        mask = None
+        if T > 1 and past: # `is_causal` would align the triangle with the first key
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(past)
-            causal = False
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal) # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, T > 1 and not past)
 
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -246,7 +245,7 @@ def lr_at(step: int, max_iters: int, learning_rate: float, warmup_iters: int = 0
 
 def target_shares(batches: list) -> torch.Tensor: # (micro-batches,)
     "Each micro-batch's share of the step's targets"
-    counts = torch.stack([(y != -1).sum() for _, y in batches])
+    counts = torch.stack([(y != -1).sum() for _, y, *_ in batches])
     total = counts.sum().clamp(min=1)
     return counts / total
 
