@@ -206,6 +206,24 @@ MUTANTS = {
             "for m in training: m.training = True",
             "model.train()",
         ),
+        (
+            "future-places",
+            "a step of fixed shape sees one place that is not filled yet",
+            "(self.places <= self.place) # (B, S)",
+            "(self.places <= self.place + 1) # (B, S)",
+        ),
+        (
+            "lot-positions",
+            "a step of fixed shape counts positions from the first column, also after padding",
+            "pos = self.place - self.begin # (B, 1)",
+            "pos = self.place - 0 * self.begin # (B, 1)",
+        ),
+        (
+            "late-columns",
+            "`on_token` is called with columns after the end of all rows",
+            "end = int(rows.ends.max()) if stopped else column",
+            "end = column",
+        ),
     ],
     "08_shards": [
         (
@@ -225,6 +243,12 @@ MUTANTS = {
             "the quick hash of a shard leaves out its end",
             "f.seek(max(0, n - size))",
             "f.seek(0)",
+        ),
+        (
+            "unchecked-download",
+            "a shard from a store is kept whatever its hash",
+            "if digest and found.hexdigest() != digest:",
+            "if digest and not found.hexdigest():",
         ),
     ],
     "09_documents": [
@@ -265,6 +289,12 @@ MUTANTS = {
             "validation tokens are not cut off the training part",
             "left = (limit or sys.maxsize) - begun",
             "left = sys.maxsize - begun",
+        ),
+        (
+            "uncounted-parts",
+            "each part takes its first character for that of the whole text",
+            'part["seen"] = seen',
+            'part["seen"] = 0',
         ),
     ],
     "11_loader": [
@@ -401,6 +431,12 @@ MUTANTS = {
             "np.arange(Tc, Tc + n), np.full(n, branch)",
             "np.arange(end, end + n), np.full(n, branch)",
         ),
+        (
+            "stale-batches",
+            "the kept batches are used again for another rank or budget",
+            "key = device, model.cfg.block_size, budget, rank, world_size",
+            "key = device, model.cfg.block_size",
+        ),
     ],
     "16_checkpoint": [
         (
@@ -412,20 +448,38 @@ MUTANTS = {
         (
             "no-generators",
             "a checkpoint leaves out the random generators",
-            'save_tensors(state | random_state(dist), temporary/"training", dist)',
-            'save_tensors(state, temporary/"training", dist)',
+            "training = moments | random_state(self.dist)",
+            "training = moments",
         ),
         (
             "no-moments",
             "a checkpoint leaves out the optimizer's state",
-            'save_tensors(state | random_state(dist), temporary/"training", dist)',
-            'save_tensors(random_state(dist), temporary/"training", dist)',
+            "training = moments | random_state(self.dist)",
+            "training = random_state(self.dist)",
         ),
         (
             "data-from-start",
             "a resumed run reads its data from the start",
             '    loader.load_state_dict(state["loader"])\n',
             "    pass\n",
+        ),
+        (
+            "no-copy",
+            "the thread writes the weights themselves, which the next step changes",
+            "result[name] = copies[name].copy_(mine, non_blocking=mine.is_cuda)",
+            "result[name] = mine",
+        ),
+        (
+            "best-before-complete",
+            "what needs a complete checkpoint is done while it is being written",
+            "if self.writing: self.later.append(f)",
+            "if not self.writing: self.later.append(f)",
+        ),
+        (
+            "copy-overwritten",
+            "the next state is copied over one that is still being written",
+            "        self.wait()\n        waited_s",
+            "        waited_s",
         ),
         (
             "best-removed",

@@ -67,6 +67,11 @@ EDITS = {
                    (r"clip_grad_norm\(model\.parameters\(\), grad_clip\)",
                     'nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))', 1),
                    (r"accumulate, average, clip", "accumulate, clip", WORDS)],
+    "candidates": [(r"^ +first: int.*\n", "", 1), (r"top_k or first", "top_k or 256", 1)],
+    "draw": [(r"^ +darts: torch\.Tensor.*\n", "", 1),
+             (r"    if darts is None:\n    (    darts = )", r"\1", 1)],
+    "next_ids": [(r",\n +darts: torch\.Tensor \| None = None", "", 1), (r", darts\)", ")", 2),
+                 (r"^    # with `darts`.*\n", "", WORDS), (r"^    first = .*\n", "", 1), (r", first\)", ")", 1)],
     "cut_windows": [(r"\n    # .*\n(?=    ids = np)", "", WORDS)],
 }
 

@@ -22,6 +22,11 @@ MEDIAN_CELL = 5 # lines
 # Modules that may be longer, with the reason.
 LONGER = {"finetune": "two halves, examples made into windows and the run on them, which share their configuration",
           "fineweb": "documents to shards, ready-made shards, and the command for both",
+          "checkpoint": "the files, what is saved, and the thread that saves it; each part is used by the next only",
+          "generate": "choosing a token, the window, plain and recorded steps, and the command",
+          "shards": "files of ids, their manifest, and checked copies of both from an object store",
+          "documents": "readers, and sources by stream, by file and by part; each is a few lines on the one before",
+          "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "distributed": "many functions of a few lines around one call of PyTorch, and `Ranks` for the notebooks",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",

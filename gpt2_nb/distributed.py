@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'Dist', 'launched', 'distributed', 'serve', 'Ranks', 'all_sum', 'any_rank', 'broadcast',
-           'broadcast_object', 'barrier', 'wrap_ddp', 'grad_sync', 'apply_fsdp', 'full_tensor', 'parallelize',
-           'gathered', 'same_output', 'clip_grad_norm', 'RankFailed', 'leave', 'watch_ranks', 'from_main', 'FlagPoll']
+           'broadcast_object', 'barrier', 'second_group', 'wrap_ddp', 'grad_sync', 'apply_fsdp', 'full_tensor',
+           'parallelize', 'gathered', 'same_output', 'clip_grad_norm', 'RankFailed', 'leave', 'watch_ranks',
+           'from_main', 'FlagPoll']
 
 # %% ../nbs/13_distributed.ipynb #41f1c367
 import importlib.util
@@ -197,11 +198,13 @@ def broadcast(x: torch.Tensor, dist: Dist) -> torch.Tensor: # x, of one shape on
 def broadcast_object(
     obj, # only the first rank's is used; it is pickled, and sent only between our own processes
     dist: Dist, # this rank
+    group: torch_dist.ProcessGroup | None = None, # as made by `second_group`; None for the usual one
 ): # the first rank's object
     "The first rank's `obj`, on every rank; every rank must call it"
     if dist.world_size == 1: return obj
     box = [obj]
-    torch_dist.broadcast_object_list(box, src=0, device=dist.device)
+    device = torch.device("cpu") if group else dist.device
+    torch_dist.broadcast_object_list(box, src=0, group=group, device=device)
     return box[0]
 
 
@@ -210,6 +213,13 @@ def barrier(
 ):
     "Wait until every rank has called this"
     if dist.world_size > 1: torch_dist.barrier()
+
+# %% ../nbs/13_distributed.ipynb #bac2e94c
+def second_group(
+    dist: Dist, # this rank
+) -> torch_dist.ProcessGroup | None: # None for a single process
+    "A group of all ranks, on their CPUs, for a thread beside the training; every rank must call it"
+    return torch_dist.new_group(backend="gloo") if dist.world_size > 1 else None
 
 # %% ../nbs/13_distributed.ipynb #97fedf29
 def wrap_ddp(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BEFORE_SPACE', 'STRINGS', 'DIRECTION', 'READERS', 'HUB', 'HELD_OUT', 'decode_part', 'read_txt', 'read_jsonl',
-           'read_parquet', 'play_to_text', 'play_files', 'read_play', 'reading', 'FileSource', 'HubSource',
-           'report_left_out', 'text_files', 'is_on_hub', 'hub_unreachable', 'hub_commit', 'open_source', 'source_name',
-           'SourceSlice', 'train_val_parts', 'documents', 'train_val_texts', 'train_tokenizer']
+           'open_parquet', 'read_parquet', 'play_to_text', 'play_files', 'read_play', 'reading', 'local_copy',
+           'FileSource', 'HubSource', 'report_left_out', 'text_files', 'is_on_hub', 'hub_unreachable', 'hub_commit',
+           'HubFiles', 'remote_files', 'open_source', 'source_name', 'SourceSlice', 'train_val_parts', 'documents',
+           'train_val_texts', 'count_items', 'divide', 'ItemSlice', 'train_tokenizer']
 
 # %% ../nbs/09_documents.ipynb #ae5260dd
 import codecs
@@ -14,15 +15,18 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate, islice
 from pathlib import Path
 
-from .core import InputError, Limit, cache_dir, check_flags, sha256, wheel_files
+from .core import (InputError, Limit, cache_dir, check_flags, new_folder, sha256,
+                          wheel_files)
 from .bpe import BPE, EOT, split_words
-from .shards import warn_once
+from .shards import (RemoteFile, cached_place, is_url, open_remote, reaching, waiting_lock,
+                            warn_once)
 
 # %% ../nbs/09_documents.ipynb #1a5d8942
 BEFORE_SPACE = re.compile(r".*\S(?=[ \n])", re.S) # up to the last place where a cut is safe
@@ -79,25 +83,37 @@ def read_jsonl(file) -> Iterator[tuple[bool, str]]: # always True, and the text
 STRINGS = {"string", "large_string", "string_view", # Arrow's types for text
            "binary", "large_binary", "binary_view"} # and for bytes, which are read as UTF-8
 
-def read_parquet(file) -> Iterator[tuple[bool, str]]: # always True, and the text
-    "One document per row, from the column `text`; a missing value is an empty document"
+def open_parquet(file, name): # pyarrow's `ParquetFile`
+    "Read the footer of a Parquet file, and check that it has a column of text"
     import pyarrow as pa # imported here, since only this reader needs them
     import pyarrow.parquet as pq
     try: table = pq.ParquetFile(file)
-    except pa.ArrowInvalid: raise InputError(f"{file.name}: not a Parquet file") from None
+    except pa.ArrowInvalid: raise InputError(f"{name}: not a Parquet file") from None
 
     names = table.schema_arrow.names
     if "text" not in names:
-        raise InputError(f"{file.name}: no column named text; its columns are {', '.join(names)}")
+        raise InputError(f"{name}: no column named text; its columns are {', '.join(names)}")
     kind = table.schema_arrow.field("text").type
-    as_dictionary = pa.types.is_dictionary(kind) # each distinct string once, and indices
-    if str(kind.value_type if as_dictionary else kind) not in STRINGS:
-        raise InputError(f"{file.name}: the column text holds {kind}, not strings")
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(values) not in STRINGS:
+        raise InputError(f"{name}: the column text holds {kind}, not strings")
+    return table
+
+
+def read_parquet(
+    file, # open for reading bytes
+    first: int = 0, # the row to begin with
+) -> Iterator[tuple[bool, str]]: # always True, and the text
+    "One document per row, from the column `text`; a missing value is an empty document"
+    import pyarrow as pa
+    table = open_parquet(file, file.name)
+    groups, rows = list(range(table.num_row_groups)), table.metadata.row_group
+    while groups and first >= rows(groups[0]).num_rows: first -= rows(groups.pop(0)).num_rows
 
     try:
-        for batch in table.iter_batches(batch_size=256, columns=["text"]):
-            column = batch.column(0)
-            if as_dictionary: column = column.dictionary_decode()
+        for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=["text"]):
+            column, first = batch.column(0)[first:], max(0, first - len(batch))
+            if pa.types.is_dictionary(column.type): column = column.dictionary_decode()
             for text in column.cast(pa.large_binary()).to_pylist():
                 yield True, (text or b"").decode("utf-8", "surrogateescape")
     except pa.ArrowException as e:
@@ -148,21 +164,38 @@ def reading(path: Path):
     try: yield
     except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
 
+# %% ../nbs/09_documents.ipynb #4890a995
+def local_copy(file: Path | RemoteFile) -> Path:
+    "The file on this machine; a remote one is copied into the cache"
+    if not isinstance(file, RemoteFile): return file
+    with reaching(str(file)): version = file.fs.ukey(file.path)[:16]
+    folder = cached_place(str(file)).parent/version
+    place = folder/file.name
+    if place.exists(): return place
+    with new_folder(folder, ()), waiting_lock(folder): # one process fetches, the others wait
+        if place.exists(): return place
+        for part in folder.glob(".*.tmp"): part.unlink() # of a process that was killed
+        return file.fetch(place)
+
 # %% ../nbs/09_documents.ipynb #1793cca0
 class FileSource:
-    "The documents of local files in order; iterate over items, resume from a `state_dict`"
-    def __init__(self, files: list[Path], readers: dict):
-        self.files, self.readers = files, readers # a reader for each suffix
-        self.at, self.file, self.sizes = [0, 0], None, []
+    "The documents of files in order; iterate over items, resume from a `state_dict`"
+    def __init__(self, files: list, readers: dict):
+        self.files, self.readers = files, readers # paths or `RemoteFile`s; a reader for each suffix
+        self.at, self.file, self.sizes, self.hashes = [0, 0], None, [], []
         for path in files:
-            with reading(path): self.sizes.append(path.stat().st_size)
+            with reading(path):
+                remote = isinstance(path, RemoteFile)
+                self.sizes.append(path.size() if remote else path.stat().st_size)
 
     def __iter__(self) -> Iterator[tuple[bool, str]]:
         while self.at[0] < len(self.files):
             path = self.files[self.at[0]]
             read = self.readers[path.suffix.lower()]
-            with reading(path), open(path, "rb") as self.file:
-                for item in islice(read(self.file), self.at[1], None):
+            with reading(path), open(local_copy(path), "rb") as self.file:
+                if read is read_parquet: items = read(self.file, self.at[1])
+                else: items = islice(read(self.file), self.at[1], None)
+                for item in items:
                     self.at[1] += 1
                     yield item
             self.at = [self.at[0] + 1, 0]
@@ -173,10 +206,15 @@ class FileSource:
     def load_state_dict(self, state: list):
         self.at = list(state)
 
+    def digests(self) -> list[str]: # SHA-256 of each file
+        "The hashes of the files, computed once"
+        if not self.hashes:
+            for path in self.files:
+                with reading(path): self.hashes.append(sha256(local_copy(path)))
+        return self.hashes
+
     def revision(self, known: str | None = None) -> str: # SHA-256 of the contents
-        digests = []
-        for path in self.files:
-            with reading(path): digests.append(sha256(path))
+        digests = self.digests()
         named = "".join(f"{f.name} {d}\n" for f, d in zip(self.files, digests)) # the old way
         if known == hashlib.sha256(named.encode()).hexdigest(): return known
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -276,20 +314,51 @@ def hub_commit(repo: str, given: str | None = None) -> str:
     except Exception as e: # the errors differ between versions of the library
         raise hub_unreachable(repo, e, ".parquet") from e
 
+# %% ../nbs/09_documents.ipynb #929f6ff3
+class HubFiles(FileSource):
+    "The documents of a `HubSource`, from its files, so that reading can begin at any row"
+    def __init__(self, repo: str, config: str, commit: str | None = None):
+        import datasets
+        try: builder = datasets.load_dataset_builder(repo, config, revision=commit)
+        except ValueError as e: raise InputError(f"{repo}: {e}") from None
+        names = builder.config.data_files["train"]
+        files = [RemoteFile(*open_remote(n)) if is_url(n) else Path(n) for n in names]
+        super().__init__(files, READERS)
+        self.commit = commit
+
+    def digests(self) -> list[str]: return [] # the commit stands for them
+
+    def revision(self, known: str | None = None) -> str | None: return self.commit
+
+# %% ../nbs/09_documents.ipynb #f3182257
+def remote_files(url: str) -> list[RemoteFile]:
+    "The texts at an address, which may be that of a file or of a folder"
+    fs, root = open_remote(url)
+    with reaching(url): paths = [root] if fs.isfile(root) else sorted(fs.ls(root, detail=False))
+    files = [RemoteFile(fs, path) for path in paths]
+    texts = [f for f in files if f.suffix.lower() in READERS and not f.name.startswith(".")]
+    if not texts: raise InputError(f"{url}: no text in it, expected {', '.join(READERS)} files")
+    return texts
+
 # %% ../nbs/09_documents.ipynb #319487c4
 def open_source(
-    name, # shakespeare, fineweb-edu, fineweb, a file (.txt, .jsonl, .parquet) or a folder
+    # shakespeare, fineweb-edu, fineweb, a file (.txt, .jsonl, .parquet), a folder, or the address of
+    # a file or a folder
+    name,
     config: str = "sample-10BT", # which part of FineWeb
     commit: str | None = None, # of FineWeb; None for the newest
+    by_row: bool = False, # a `FileSource` also for FineWeb
 ) -> "FileSource | HubSource":
     "Open the source that a name stands for; `InputError` if there is none"
     path, kinds = Path(name), ", ".join(READERS)
     if not str(name): raise InputError("the name of the data set is empty")
+    if is_url(name): return FileSource(remote_files(str(name)), READERS)
     if str(name) == "shakespeare": return FileSource(play_files(), {".md": read_play})
     if is_on_hub(name): # local copies need no network
         for folder in (cache_dir()/name/config, cache_dir()/name):
             if files := text_files(folder): return FileSource(files, READERS)
-        return HubSource(HUB[str(name)], config, hub_commit(HUB[str(name)], commit))
+        kind, repo = HubFiles if by_row else HubSource, HUB[str(name)]
+        return kind(repo, config, hub_commit(repo, commit))
 
     if not os.path.exists(path): # unlike `path.exists`, never raises
         raise InputError(f"{name}: no such file or folder; expected a path ({kinds}), "
@@ -306,14 +375,21 @@ def open_source(
 # %% ../nbs/09_documents.ipynb #e54c0f51
 def source_name(name: str | Path) -> str: # never empty
     "The name for shards and their folder; for `.` and `..`, that folder's real name"
+    if is_url(name): return Path(str(name).rstrip("/").rpartition("/")[2]).stem
     return Path(os.path.abspath(name)).stem or "text" # the root of a disk has no name
 
 # %% ../nbs/09_documents.ipynb #06f06310
 class SourceSlice:
     "The characters from `first` to `last` of a source, as a source of its own"
-    def __init__(self, source: FileSource, first: int = 0, last: int | None = None):
+    def __init__(
+        self,
+        source: FileSource,
+        first: int = 0,
+        last: int | None = None, # None for the end
+        seen: int = 0, # characters before the place where the source begins
+    ):
         self.source, self.first, self.last = source, first, last
-        self.seen = 0 # characters read so far
+        self.seen = seen # characters read so far
 
     def __iter__(self) -> Iterator[tuple[bool, str]]:
         if self.ended(): return
@@ -372,6 +448,53 @@ def train_val_texts(name, val_fraction: float = 0.1) -> tuple[list[str], list[st
     "The two parts of a local source as documents, for training and for validation"
     train, val = train_val_parts(name, val_fraction)
     return documents(train), documents(val)
+
+# %% ../nbs/09_documents.ipynb #dd476a66
+def count_items(source: FileSource) -> list[int]: # of each file
+    "The number of items of each file; of a Parquet file, only the footer is read"
+    counts = []
+    for file in source.files:
+        read = source.readers[file.suffix.lower()]
+        remote = isinstance(file, RemoteFile)
+        with reading(file), reaching(str(file)) if remote else nullcontext():
+            if read is read_parquet:
+                with file.fs.open(path=file.path, mode="rb") if remote else open(file, "rb") as f:
+                    counts.append(open_parquet(f, file).metadata.num_rows)
+            else:
+                with open(local_copy(file), "rb") as f: counts.append(sum(1 for _ in read(f)))
+    return counts
+
+
+def divide(counts: list[int], parts: int) -> list[dict]: # first, items and files of each part
+    "Where each part begins (as a state of `FileSource`), its length, and the files that it reads"
+    ends = [0, *accumulate(counts)] # ends[i] items come before file i
+    edges = [ends[-1] * i // parts for i in range(parts + 1)]
+    found = []
+    for a, b in zip(edges, edges[1:]):
+        file = bisect_right(ends, a) - 1
+        found.append(dict(first=[file, a - ends[file]], items=b - a, files=[file, bisect_left(ends, b)]))
+    return found
+
+# %% ../nbs/09_documents.ipynb #d26b7f41
+class ItemSlice:
+    "A number of items of a source, from a given place on, as a source of its own"
+    def __init__(self, source: FileSource, first: list, items: int):
+        source.load_state_dict(first)
+        self.source, self.items, self.left = source, items, items
+
+    def __iter__(self) -> Iterator[tuple[bool, str]]:
+        for item in self.source if self.left else ():
+            self.left -= 1
+            yield item
+            if not self.left: return
+
+    def state_dict(self) -> dict: return dict(source=self.source.state_dict(), left=self.left)
+
+    def load_state_dict(self, state: dict):
+        self.source.load_state_dict(state["source"])
+        self.left = state["left"]
+
+    def progress(self) -> float: return 1 - self.left / max(1, self.items)
 
 # %% ../nbs/09_documents.ipynb #5a11561f
 def train_tokenizer(

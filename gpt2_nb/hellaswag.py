@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'STYLES', 'TEXTS', 'REPO', 'LIMITS', 'harness_text', 'write_out', 'Choice', 'Choices', 'tokenize', 'Tree',
-           'batch_tensors', 'tree_mask', 'make_trees', 'all_trees', 'plan_batches', 'exact_products', 'score_trees',
-           'Accuracy', 'accuracy', 'Scores', 'evaluate', 'check_example', 'find_examples', 'load_examples', 'is_scores',
-           'check_out', 'main']
+           'batch_tensors', 'tree_mask', 'make_trees', 'all_trees', 'plan_batches', 'fp32_products', 'head_precision',
+           'score_trees', 'prepare', 'Accuracy', 'accuracy', 'Scores', 'evaluate', 'check_example', 'find_examples',
+           'load_examples', 'is_scores', 'check_out', 'main']
 
 # %% ../nbs/15_hellaswag.ipynb #67851c0d
 import json
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,7 @@ class Choices:
     examples: list[dict] # as `load_examples` returns them
     tokenizer: BPE # which made the ids
     styles: dict[str, list[Choice]] # for each style, one `Choice` per example
+    kept: tuple | None = field(default=None, init=False, repr=False, compare=False) # see `prepare`
 
 # %% ../nbs/15_hellaswag.ipynb #1799cece
 def tokenize(
@@ -106,7 +107,7 @@ class Tree:
 def batch_tensors(trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Ids, positions, branches (3, B, T); places and targets of predictions (2, n); their slots (n,)"
     T = max(map(len, trees))
-    rows = np.zeros((3, len(trees), T), dtype=np.int64)
+    rows = np.zeros((3, len(trees), T), dtype=np.int32) # a model looks up int32 as well as int64
     rows[2] = -1 # padding, until it is overwritten
     places, targets, slots = [], [], []
 
@@ -167,34 +168,68 @@ def plan_batches(trees: list[Tree], batch_tokens: int) -> list[list[int]]: # ind
 
 # %% ../nbs/15_hellaswag.ipynb #512cd92e
 @contextmanager
-def exact_products():
-    "A context in which fp32 matrices are multiplied in fp32, even if a trainer has allowed TF32"
+def fp32_products(precision: str = "highest"): # or `high`, which allows TF32 on CUDA
+    "A context in which fp32 matrices are multiplied with this precision, whatever a trainer has set"
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try: yield
     finally: torch.set_float32_matmul_precision(before)
+
+# %% ../nbs/15_hellaswag.ipynb #b2ec4b6a
+def head_precision(device: torch.device) -> str: # for `fp32_products`
+    "How the head multiplies: in TF32 where the current autocast runs blocks in bf16 on CUDA"
+    kind = device.type
+    in_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return "high" if kind == "cuda" and in_bf16 else "highest"
 
 # %% ../nbs/15_hellaswag.ipynb #d4d22a84
 @torch.no_grad()
 def score_trees(
     model: GPT, # in eval mode
-    trees: list[Tree], # B of them
+    rows: torch.Tensor, # (3, B, T), from `batch_tensors`, on the model's device
+    wanted: torch.Tensor, # (2, n), likewise
     autocast: Callable = nullcontext, # returns a context for the blocks
-) -> tuple[torch.Tensor, torch.Tensor]: # (n,), (n,)
-    "Log-probability of every token of every ending, in nats and fp32; their slots, on the CPU"
-    device = model.lm_head.weight.device
-    rows, wanted, slots = batch_tensors(trees)
-    idx, pos, branch = rows.to(device, non_blocking=True) # (B, T) each
-    places, targets = wanted.to(device) # (n,) each
+) -> torch.Tensor: # (n,)
+    "Log-probability of every token of every ending, in nats and fp32"
+    idx, pos, branch = rows # (B, T) each
+    places, targets = wanted # (n,) each
 
-    with autocast(): x = model.hidden(idx, pos=pos, mask=tree_mask(branch)) # (B, T, C)
+    with autocast():
+        x = model.hidden(idx, pos=pos, mask=tree_mask(branch)) # (B, T, C)
+        precision = head_precision(x.device)
     x = x.flatten(0, 1)[places].float() # (n, C)
 
-    size = chunk_rows(model.cfg.vocab_rows, x.shape[-1], logits_budget(device))
+    size = chunk_rows(model.cfg.vocab_rows, x.shape[-1], logits_budget(x.device))
     parts = zip(x.split(size), targets.split(size)) # at most `size` rows of logits at a time
-    with exact_products():
+    with fp32_products(precision):
         losses = [F.cross_entropy(model.head(a), ids, reduction="none") for a, ids in parts]
-    return -torch.cat(losses), slots
+    return -torch.cat(losses)
+
+# %% ../nbs/15_hellaswag.ipynb #29d4ae14
+def prepare(
+    data: Choices,
+    model: GPT, # for its device and its context
+    batch_tokens: int = 0, # see `evaluate`, as for the following two
+    rank: int = 0,
+    world_size: int = 1,
+) -> tuple[list, torch.Tensor]: # (rows, wanted) of each batch, on the model's device; all slots (n,)
+    "This rank's batches as tensors, made at the first call and kept in `data`"
+    device = model.lm_head.weight.device
+    budget = batch_tokens or (8192 if device.type == "cpu" else 65_536)
+    key = device, model.cfg.block_size, budget, rank, world_size
+    if data.kept and data.kept[0] == key: return data.kept[1:]
+
+    data.kept = None # before there are others
+    trees = all_trees(data, model.cfg.block_size)
+    plan = plan_batches(trees, budget)
+    batches, places = [], []
+    for start in range(0, len(plan), world_size):
+        i = min(start + rank, len(plan) - 1) # all ranks make as many forward passes
+        rows, wanted, slots = batch_tensors([trees[j] for j in plan[i]])
+        batches.append((rows.to(device), wanted.to(device)))
+        if i == start + rank: places.append(slots) # otherwise it is another rank's
+    data.kept = key, batches, torch.cat(places) if places else torch.zeros(0, dtype=torch.long)
+    return data.kept[1:]
 
 # %% ../nbs/15_hellaswag.ipynb #039eaa3c
 @dataclass(frozen=True)
@@ -255,11 +290,11 @@ class Scores:
 @torch.no_grad()
 def evaluate(
     model: GPT, # the model itself, not compiled
-    data: Choices | list[dict], # from `tokenize`, or examples, which are then tokenized
+    data: Choices | list[dict], # from `tokenize`: keeps the batches; or examples, to be tokenized
     tokenizer: BPE | None = None, # for examples
     styles: tuple[str, ...] = STYLES, # for examples: which styles to make
     batch_tokens: int = 0, # most tokens of a batch with padding; 0: 8,192 on a CPU, else 65,536
-    autocast: Callable = nullcontext, # returns a context for the blocks; the head stays in fp32
+    autocast: Callable = nullcontext, # returns a context for the blocks; see `head_precision`
     rank: int = 0, # which rank this is
     world_size: int = 1, # ranks that share the work
     reduce: Callable | None = None, # from a (S, N, 4) tensor in float64 to its sum over all ranks
@@ -272,21 +307,17 @@ def evaluate(
     if not data.examples: raise InputError("there are no examples to score")
     check_ids(data.tokenizer, model.cfg)
 
-    trees = all_trees(data, model.cfg.block_size)
-    on_cpu = model.lm_head.weight.device.type == "cpu"
-    batches = plan_batches(trees, batch_tokens or (8192 if on_cpu else 65_536))
-    starts = range(0, len(batches), world_size)
-    scored, training = [], model.training
+    batches, slots = prepare(data, model, batch_tokens, rank, world_size)
+    found, training = [], model.training
     model.eval()
     try:
-        for start in tqdm(starts, disable=not progress, unit="batch", dynamic_ncols=True):
-            i = min(start + rank, len(batches) - 1) # all ranks make as many forward passes
-            result = score_trees(model, [trees[j] for j in batches[i]], autocast)
-            if i == start + rank: scored.append(result) # otherwise it is another rank's
+        for rows, wanted in tqdm(batches, disable=not progress, unit="batch", dynamic_ncols=True):
+            found.append(score_trees(model, rows, wanted, autocast))
     finally: model.train(training)
 
     table = torch.zeros(len(data.styles), len(data.examples), 4, dtype=torch.float64)
-    for logprobs, slots in scored: table.view(-1).index_add_(0, slots, logprobs.cpu().double())
+    logprobs = torch.cat(found).cpu().double() # one transfer for all
+    table.view(-1).index_add_(0, slots, logprobs[:len(slots)]) # the rest is another rank's
     if reduce: table = reduce(table)
     if table.isnan().any():
         raise InputError("scores are not numbers: the weights are damaged, or training diverged")

@@ -23,9 +23,9 @@ from .bpe import BPE, load_tokenizer
 from .model import GPT2_SIZES, GPTConfig
 from .memory import training_bytes
 from .pretrained import read_json
-from .shards import (check_largest, data_identity, find_shards, list_shards, read_shard,
-                            shard_folders)
-from .documents import HUB, open_source, train_tokenizer
+from .shards import (check_largest, data_identity, fetch_shards, find_shards, is_url,
+                            list_shards, read_shard, shard_folders)
+from .documents import HUB, READERS, open_source, train_tokenizer
 from .fineweb import READY_SHARDS, prepare
 from .loader import ShardLoader, val_windows
 from .optim import SCHEDULES
@@ -36,7 +36,7 @@ from .distributed import PARALLEL, Dist, any_rank
 class TrainConfig:
     "Train a GPT-2 and save the run in a folder."
     preset: str = "shakespeare" # defaults for the other flags: shakespeare, gpt2, gpt2-medium, ...
-    data: str = "shakespeare" # shakespeare (the plays), a text file, or a folder of texts or shards
+    data: str = "shakespeare" # the plays, a text, or a folder of texts or shards; also at s3://, gs://, hf://
     tokenizer: str = "train" # train (our own BPE on the training part), gpt2, or a tokenizer.json
     vocab_size: int = 1024 # number of ids, if the tokenizer is trained
     out: str = "" # folder of the run; if not given, runs/PRESET
@@ -231,6 +231,8 @@ def data_folder(
     out: Path, # folder of the run
 ) -> Path | None: # None if the run makes shards from a text
     "The folder of ready-made shards that a run reads, wherever it is now"
+    if is_url(cfg.data): # a text is copied when it is read, shards are copied now
+        return None if Path(cfg.data).suffix.lower() in READERS else fetch_shards(cfg.data)
     if folder := find_shards(cfg.data): return folder
     has_text = Path(cfg.data).exists() or cfg.data == "shakespeare"
     if has_text: return None

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from threading import Lock
 
 import torch
 from tqdm import tqdm
@@ -66,6 +67,7 @@ class RunLog:
     ):
         self.file = None
         self.report = report
+        self.lock = Lock() # the thread that writes checkpoints logs them too
         if path is None: return
         if path.exists(): self.drop_lines_after(path, step)
         self.file = open(path, "a", encoding="utf-8")
@@ -82,9 +84,10 @@ class RunLog:
 
     def __call__(self, kind: str, **values):
         if self.file is None: return
-        self.file.write(json_line({"kind": kind, **values}))
-        self.file.flush() # so that the line survives a kill
-        if self.report: self.report({"kind": kind, **values})
+        with self.lock:
+            self.file.write(json_line({"kind": kind, **values}))
+            self.file.flush() # so that the line survives a kill
+            if self.report: self.report({"kind": kind, **values})
 
 # %% ../nbs/17_runlog.ipynb #6ccc795a
 def git_commit() -> str | None:
@@ -296,8 +299,11 @@ def reporter(
     if name == "wandb":
         import wandb
         wandb.init(project="gpt2_nb", name=out.name, dir=out, config=config, resume="allow")
+        newest = 0
         def to_wandb(line):
-            if figures(line): wandb.log(figures(line), step=line["step"])
+            nonlocal newest
+            newest = max(newest, line.get("step", 0)) # wandb drops what comes for an earlier step
+            if figures(line): wandb.log(figures(line), step=newest)
         return to_wandb
 
     from torch.utils.tensorboard import SummaryWriter

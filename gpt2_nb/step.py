@@ -223,13 +223,13 @@ def compile_step(
     step_model: nn.Module, # as returned by `parallelize`
     dist: Dist, # this rank
     backend: str | Callable = "inductor", # see `torch.compile`
-    regions: bool | None = None, # True for blocks and loss by themselves; None if several ranks
+    regions: bool | None = None, # compile the regions one by one; None: if there are several ranks
 ) -> tuple[nn.Module, Callable]: # the model that a step calls, and its loss function
-    "Compile for one shape of batch: the whole model on one rank, on several its blocks and loss"
+    "Compile for one shape of batch: the whole model on one rank, its regions and loss on several"
     how = dict(dynamic=False, backend=backend)
     if regions is None: regions = dist.world_size > 1
     if not regions: return torch.compile(step_model, **how), linear_cross_entropy
 
     torch._dynamo.config.optimize_ddp = False # else DDP's buckets cut the graphs
-    for block in model.transformer.h: block.compile(**how) # in place
+    for part in (*model.transformer.h, model.transformer.ln_f): part.compile(**how) # in place
     return step_model, partial(linear_cross_entropy, per_chunk=torch.compile(chunk_loss, **how))

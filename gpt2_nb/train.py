@@ -37,7 +37,7 @@ from .distributed import (Dist, FlagPoll, all_sum, broadcast_object, distributed
 from .step import (attention_kernel, bf16_hint, bits_per_byte, choose_attention, compile_step,
                           dtype_name, evaluate_loss, mfu, precision, same_shape, train_step)
 from .hellaswag import Choices, evaluate, load_examples, tokenize
-from .checkpoint import hold_folder, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Saver, hold_folder, latest_checkpoint, load_checkpoint
 from .runlog import Meter, Profile, RunLog, changes, environment, plot_run, reporter
 from .recipe import (Data, TrainConfig, fit_batch, make_config, model_config, open_data,
                             resume_config, saved_config, share_out)
@@ -45,6 +45,7 @@ from .recipe import (Data, TrainConfig, fit_batch, make_config, model_config, op
 # these have moved to earlier chapters, and can still be imported from here
 from .step import PEAK_FLOPS as PEAK_FLOPS
 from .checkpoint import random_state as random_state, remove_old as remove_old
+from .checkpoint import save_checkpoint as save_checkpoint
 from .runlog import read_log as read_log, watch_run as watch_run
 from .recipe import FIXED as FIXED, LIMITS as LIMITS, PATHS as PATHS, PRESETS as PRESETS
 from .recipe import check_config as check_config
@@ -82,9 +83,9 @@ class Run:
     data: Data
     log: RunLog
     step: int # optimizer steps done
+    saver: Saver # writes its checkpoints
     choices: Choices | None = None # HellaSwag's examples, if the run is evaluated on them
     resolved: dict = field(default_factory=dict) # outcome of automatic choices: see `resolve`
-    good: set = field(default_factory=set) # steps of the checkpoints that are known to be undamaged
     note: str = "" # a line to print with the description
 
 # %% ../nbs/19_train.ipynb #082551d3
@@ -226,8 +227,9 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     note = bf16_hint(dist.device, model.num_params()) if asked == "auto" else ""
     log, changed = _open_log(cfg, out, dist, step, report, resolved)
     if dist.is_main: _write_config(cfg, out, model.cfg, resolved, data, step)
+    saver = Saver(out, dist, cfg.keep, {step} if found else set(), log)
     return Run(cfg, out, dist, model, step_model, loss_fn, optimizer, loader, accumulate, data, log, step,
-               choices, resolved, good={step} if found else set(), note=changed or note)
+               saver, choices, resolved, note=changed or note)
 
 # %% ../nbs/19_train.ipynb #9d90ab98
 def _open_log(cfg, out, dist, step, report, resolved) -> tuple[RunLog, str]:
@@ -306,10 +308,12 @@ def validate(
     result = dict(loss=loss, bits_per_byte=bits_per_byte(loss, n, data.val_bytes), tokens=n)
     run.log("val", step=run.step, **result, seconds=time.perf_counter() - begin)
 
-    saved = run.dist.is_main and (run.out/"ckpt"/f"{run.step:08d}").exists()
-    if saved and math.isfinite(loss) and loss < best_loss(run):
-        best = dict(step=run.step, loss=loss, validation=data.validation)
+    best = dict(step=run.step, loss=loss, validation=data.validation)
+    def note_best():
         with atomic_write(run.out/"best.json", "w") as f: json.dump(best, f)
+
+    saved = run.dist.is_main and run.saver.has(run.step)
+    if saved and math.isfinite(loss) and loss < best_loss(run): run.saver.then(note_best)
     return result
 
 # %% ../nbs/19_train.ipynb #0a88687c
@@ -385,6 +389,7 @@ def check_skips(
 ):
     "`InputError` when too many steps in a row were skipped"
     if streak < run.cfg.max_skips: return
+    run.saver.wait() # the message names the last checkpoint
     saved = checkpoints(run.out)
     kept = "no checkpoint was saved before"
     if saved: kept = f"the last good weights are in {saved[-1]}"
@@ -398,6 +403,7 @@ def out_of_patience(
 ) -> bool:
     "Whether the last `patience` validations brought no new best, also across a resume"
     if not run.cfg.patience: return False
+    run.saver.wait() # this step may become the best when its checkpoint is complete
     step = broadcast_object(read_best(run.out)["step"], run.dist) # the first rank wrote it
     return step is not None and run.step - step >= run.cfg.patience * run.cfg.eval_interval
 
@@ -447,9 +453,7 @@ def loop(
         def due(interval): return interval and run.step and (done or run.step % interval == 0)
 
         if run.step > first and (stopped or due(cfg.save_interval)):
-            save_checkpoint(run.out, run.step, run.model, run.optimizer, run.loader, dist,
-                            cfg.keep, run.good)
-            run.log("checkpoint", step=run.step, path=f"ckpt/{run.step:08d}")
+            run.saver.save(run.step, run.model, run.optimizer, run.loader)
         if stopped: break
         if due(cfg.eval_interval): result = validate(run)
         if due(cfg.hellaswag_interval): hellaswag(run)
@@ -469,6 +473,7 @@ def loop(
         if logged or told: check_skips(run, meter.read(run.step, lr, result, logged))
         if told: stopped = signals[0] if signals else int(signal.SIGTERM)
     profile.close()
+    run.saver.wait()
     return result, stopped
 
 # %% ../nbs/19_train.ipynb #9ca15d48
@@ -490,7 +495,8 @@ def train(
 
         begin = time.perf_counter()
         meter = Meter(run.log, run.step, cfg.max_iters, run.cfg.total_batch_size, used, show)
-        try: result, stopped = loop(run, meter, signals, parent)
+        try:
+            with run.saver: result, stopped = loop(run, meter, signals, parent)
         except InputError as e:
             run.log("error", step=run.step, message=str(e))
             raise

@@ -302,7 +302,7 @@ def candidates(logits: torch.Tensor, top_k: int | None = None,
 
 
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor: # (B,)
-    "Draw one id from each row of (B, V) probabilities, which need not sum to 1"
+    "Draw one id from each row of probabilities"
     # Apple's GPUs (mps) have no float64
     exact = torch.float64 if probs.device.type in ("cpu", "cuda") else torch.float32
     ends = probs.to(exact).cumsum(-1) # (B, V)
