@@ -442,7 +442,7 @@ MUTANTS = {
         (
             "own-names",
             "each rank draws a temporary name of its own",
-            "broadcast_object(temporary_name(final) if dist.is_main else None, dist, group)",
+            "broadcast_object(drawn, dist, group)",
             "temporary_name(final)",
         ),
         (

@@ -21,7 +21,6 @@ MEDIAN_CELL = 5 # lines
 
 # Modules that may be longer, with the reason.
 LONGER = {"finetune": "two halves, examples made into windows and the run on them, which share their configuration",
-          "fineweb": "documents to shards, ready-made shards, and the command for both",
           "checkpoint": "the files, what is saved, and the thread that saves it; each part is used by the next only",
           "generate": "choosing a token, the window, plain and recorded steps, and the command",
           "shards": "files of ids, their manifest, and checked copies of both from an object store",

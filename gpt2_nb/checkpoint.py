@@ -206,7 +206,8 @@ def first_cause(
 def _write_checkpoint(out, step, weights, training, position, dist, keep, good, group=None) -> Path:
     "Write `ckpt/STEP/`, completely or not at all, and remove old checkpoints"
     final = out/"ckpt"/f"{step:08d}"
-    temporary = broadcast_object(temporary_name(final) if dist.is_main else None, dist, group)
+    drawn = temporary_name(final) if dist.is_main else None
+    temporary = broadcast_object(drawn, dist, group) # all ranks write into one folder
     try:
         on_main(lambda: temporary.mkdir(parents=True), dist, group)
         save_tensors(weights, temporary, dist, "model.safetensors", group)

@@ -334,6 +334,7 @@ def prepare(
     config: str = "", # which part of FineWeb; empty for sample-10BT
     workers: int | None = None, # threads; None for one per core
     part: str = "", # K/N to make only this part, see "Several machines"
+    revision: str = "", # a commit of FineWeb's repository; empty for the newest
 ) -> Manifest | None: # of the finished folder; None if other parts are missing
     "Write a source as token shards, except those that are already there"
     out = Path(out)
@@ -345,11 +346,16 @@ def prepare(
         raise InputError(f"a tokenizer of {tokenizer.n_vocab:,} ids does not fit into uint16")
     if config and not is_on_hub(name):
         raise InputError(f"{name} has no configurations; leave out config {config!r}")
+    if revision and not is_on_hub(name):
+        raise InputError(f"{name} is not on the Hub; leave out revision {revision!r}")
 
     config = config or "sample-10BT" if is_on_hub(name) else ""
     plan = Manifest.load(out/PARTS) if part else None
     known = Manifest.load(out) or plan if out.is_dir() else None # a resumed run keeps its commit
-    source = open_source(name, config, known and known.revision, by_row=bool(part))
+    if revision and known and known.revision != revision:
+        raise InputError(f"{out}: holds shards of commit {known.revision}, take another folder")
+    commit = known.revision if known else revision or None
+    source = open_source(name, config, commit, by_row=bool(part))
     check_separators(out, known, source)
     hashed = plan and plan.position["files"] == names_and_sizes(source) # by the first part
     revision = plan.revision if hashed else source.revision(known and known.revision)
@@ -515,10 +521,11 @@ READY_SHARDS = {
     "fineweb10B-gpt2": "kjj0/fineweb10B-gpt2",
     "finewebedu10B-gpt2": "kjj0/finewebedu10B-gpt2"}
 
-def shards_on_hub(repo: str) -> tuple[str, dict]: # commit, and the SHA-256 of each shard
+def shards_on_hub(repo: str, revision: str = "") -> tuple[str, dict]: # commit, and each shard's SHA-256
     "The shards to fetch from a repository, validation first"
     import huggingface_hub # imported here, so that the rest needs no Hub
-    try: info = huggingface_hub.HfApi().dataset_info(repo, files_metadata=True)
+    how = dict(files_metadata=True, revision=revision or None) # None for the newest
+    try: info = huggingface_hub.HfApi().dataset_info(repo, **how)
     except Exception as e: raise hub_unreachable(repo, e, ".bin") from e # any failure
 
     form = r"\w+_(val|train)_\d{6}\.bin"
@@ -563,9 +570,14 @@ def fetch_missing(out: Path, manifest: Manifest, digests: dict, tokenizer: BPE) 
     return manifest
 
 
-def download_shards(repo: str, out: Path, max_tokens: int | None = None) -> Manifest:
-    "Fetch the missing ready-made shards, until there are `max_tokens` for training"
-    commit, digests = shards_on_hub(repo)
+def download_shards(
+    repo: str, # on the Hub
+    out: Path, # folder for the shards
+    max_tokens: int | None = None, # enough for training; None for all
+    revision: str = "", # a commit of the repository; empty for the newest
+) -> Manifest: # of the finished folder
+    "Fetch the missing ready-made shards"
+    commit, digests = shards_on_hub(repo, revision)
     tokenizer = BPE.gpt2()
     new = Manifest(repo, commit, tokenizer_hash(tokenizer), settings=dict(max_tokens=max_tokens))
     there = existing_manifest(out, new)
@@ -626,6 +638,7 @@ def main(
     val_fraction: float = 0.1, # otherwise hold out this part of the characters, at the end
     max_tokens: int = None, # stop after this many tokens of training text
     workers: int = None, # threads (default: one per core)
+    revision: str = "", # commit of a data set on the Hub (default: the newest)
     part: str = "", # make part K of N only, as in 3/16, on one of N machines; the last one joins them
     verify: str = "", # only check the shards of this folder against its manifest
 ):
@@ -642,11 +655,11 @@ def main(
     if part and repo: raise InputError(f"{dataset} needs no encoding; leave out --part {part}")
     if part: parse_part(part) # raises for a wrong one, before a tokenizer is trained
 
-    if repo: download_shards(repo, out, max_tokens)
+    if repo: download_shards(repo, out, max_tokens, revision)
     else:
         bpe = prepare_tokenizer(tokenizer, dataset, vocab_size, val_fraction, val_tokens)
         made = prepare(dataset, out, bpe, val_fraction, format, shard_tokens, max_tokens, val_tokens,
-                       config, workers, part)
+                       config, workers, part, revision)
         if made is None: return # other parts are missing
     print_summary(str(out), verify_shards(out))
     print(f"to train on it: gpt2_train --data {shlex.quote(str(out))}")

@@ -71,6 +71,7 @@ class TrainConfig:
     eval_interval: int = 400 # steps between validations; one more at the end
     val_tokens: int = 65_536 # tokens of the validation part to use; 0 for all
     save_interval: int = 400 # steps between checkpoints; one more at the end
+    save_minutes: float = 0.0 # also save after this many minutes without a checkpoint; 0 for never
     keep: int = 2 # newest checkpoints to keep, besides the best
     patience: int = 0 # stop after this many validations in a row without a new best; 0 for never
     hellaswag_interval: int = 0 # steps between evaluations on HellaSwag; 0 for none
@@ -122,7 +123,7 @@ PRESETS = {
 AT_LEAST_1 = ("block_size n_layer n_head n_embd max_iters eval_interval save_interval "
               "log_interval keep max_skips").split()
 AT_LEAST_0 = ("batch_size total_batch_size padded_vocab_size warmup_iters val_tokens patience profile "
-              "hellaswag_interval sample_interval min_lr weight_decay grad_clip").split()
+              "hellaswag_interval sample_interval min_lr weight_decay grad_clip save_minutes").split()
 
 LIMITS = dict.fromkeys(AT_LEAST_1, Limit(low=1)) | dict.fromkeys(AT_LEAST_0, Limit(low=0)) | dict(
     vocab_size=Limit(low=257, high=2**16), # 256 bytes and an end-of-text id; shards are uint16

@@ -446,14 +446,16 @@ def loop(
     autocast, extra = precision(dist.device, cfg.dtype), within_documents(run)
     profile = Profile(run.out/"profile", cfg.profile if dist.is_main else 0)
     batches, first, poll = iter(run.loader), run.step, FlagPoll(dist)
+    saved_at, clock, late = time.monotonic(), FlagPoll(dist), False
     result, stopped = {}, 0
 
     while True:
         done = run.step >= cfg.max_iters
         def due(interval): return interval and run.step and (done or run.step % interval == 0)
 
-        if run.step > first and (stopped or due(cfg.save_interval)):
+        if run.step > first and (stopped or late or due(cfg.save_interval)):
             run.saver.save(run.step, run.model, run.optimizer, run.loader)
+            saved_at, clock, late = time.monotonic(), FlagPoll(dist), False
         if stopped: break
         if due(cfg.eval_interval): result = validate(run)
         if due(cfg.hellaswag_interval): hellaswag(run)
@@ -472,6 +474,7 @@ def loop(
         told = told_to_stop(run, signals, parent, poll)
         if logged or told: check_skips(run, meter.read(run.step, lr, result, logged))
         if told: stopped = signals[0] if signals else int(signal.SIGTERM)
+        if cfg.save_minutes: late = clock(time.monotonic() > saved_at + 60 * cfg.save_minutes)
     profile.close()
     run.saver.wait()
     return result, stopped
