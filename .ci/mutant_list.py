@@ -551,7 +551,7 @@ MUTANTS = {
         (
             "stopped-unsaved",
             "a run that is told to stop does not save its last step",
-            "(stopped or due(cfg.save_interval))",
+            "(stopped or late or due(cfg.save_interval))",
             "due(cfg.save_interval)",
         ),
     ],
