@@ -203,13 +203,13 @@ def fit_batch(
     dist: Dist = Dist(), # this rank; every rank must call it
 ) -> int: # sequences
     "The largest micro-batch, in powers of two, that fits every rank's device; at least 1"
-    bf16, room = cfg.dtype == "bfloat16", 0.9 * memory - 2**30
-    how = dict(bf16=bf16, checkpointed=cfg.grad_checkpoint,
-               bf16_stream=bf16 and cfg.bf16_residual and cfg.compile, # else LayerNorm keeps fp32
+    bf16, size = cfg.dtype == "bfloat16", MOST_SEQUENCES
+    narrow = bf16 and cfg.bf16_residual and cfg.compile # without compiling, LayerNorm keeps fp32
+    how = dict(bf16=bf16, checkpointed=cfg.grad_checkpoint, bf16_stream=narrow,
                shards=dist.world_size if cfg.parallel == "fsdp" else 1)
-    def too_large(n): return training_bytes(shape, n * cfg.block_size, memory, **how) > room
+    def too_large(n):
+        return training_bytes(shape, n * cfg.block_size, memory, **how) > 0.9 * memory - 2**30
 
-    size = MOST_SEQUENCES
     while size > 1 and any_rank(too_large(size), dist): size //= 2
     return size
 
