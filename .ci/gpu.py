@@ -223,8 +223,10 @@ def run_notebook(path: Path, job: dict):
         if not on_gpu and not error: continue
         outcome = dict(ok=error is None, seconds=round(time.time() - start, 2))
         if error: outcome["error"] = in_words(error)
+        elif said.getvalue().strip(): outcome["printed"] = said.getvalue().strip().splitlines()[-20:]
         record(job["out"], **test, notebook=path.stem, ordinary=not on_gpu, **outcome, **job["stamp"])
         print(f"  {'FAILED ' if error else 'ok     '}  {name} ({outcome['seconds']:.1f} s)", flush=True)
+        print(*[f"             {line}" for line in outcome.get("printed", [])], sep="\n", flush=True)
     count = dict(ok=not failed, passed=passed, failed=failed, seconds=round(time.time() - begin, 2))
     record(job["out"], kind="test", name=job["prefix"] + ordinary_name(path), **count, **job["stamp"])
     word = "FAILED " if failed else "ok     "
