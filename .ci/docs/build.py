@@ -107,6 +107,26 @@ def convert_links(source: str, blob: str) -> str:
     return "".join(pieces)
 
 
+def is_set_up(cell) -> bool:
+    "Whether a cell is collapsed and shows no output"
+    return cell.cell_type == "code" and "hide-input" in cell.metadata.get("tags", []) and not cell.outputs
+
+
+def join_set_up(cells: list) -> list:
+    "Join the collapsed cells at the top of a page, which would be a stack of bars, into one"
+    first = next((i for i, c in enumerate(cells) if re.search(r"^## ", c.source, re.M)), len(cells))
+    joined = []
+    for cell in cells[:first]:
+        if joined and is_set_up(cell) and is_set_up(joined[-1]):
+            last = joined[-1]
+            last.source += f"\n\n{cell.source}"
+            last.metadata.defines += cell.metadata.defines
+            last.metadata.tags = [t for t in last.metadata.tags if t in cell.metadata.tags]
+        else: joined.append(cell)
+    for cell in filter(is_set_up, joined): cell.metadata["mystnb"] = {"code_prompt_show": "Show the set-up"}
+    return joined + cells[first:]
+
+
 def prepare_chapter(path: Path, definitions: dict, blob: str):
     "A chapter as the site shows it"
     book = nbformat.read(path, as_version=4)
@@ -119,17 +139,21 @@ def prepare_chapter(path: Path, definitions: dict, blob: str):
                 cell.source = cell.source.partition("\n\n")[2]
             try: cell.source = convert_links(cell.source, blob)
             except FileNotFoundError as e: sys.exit(f"{path.name}, cell {cell.id}: {e}")
+        elif cell.id == "colab": continue # for a machine that has nothing yet
         else:
             said = directives(cell.source)
+            if path.stem == "index" and "hide" in said and not cell.outputs: continue # as in README.md
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
             if not cell.source: continue
             tags = cell.metadata.setdefault("tags", [])
             tags += [tag for name, tag in SHOWN.items() if name in said]
             if said.get("eval") == "false": tags.append("not-run")
             if ("hide" in said or "code-fold" in said) and "hide-input" not in tags: tags.append("hide-input")
+            if said.get("echo") == "false": # the output alone, as in README.md
+                tags[:] = [tag for tag in tags if tag != "hide-input"] + ["remove-input"]
             cell.metadata["defines"] = [d["id"] for d in definitions.get(cell.id, [])]
         cells.append(cell)
-    book.cells = cells
+    book.cells = join_set_up(cells)
     return book
 
 

@@ -26,6 +26,7 @@ smartquotes = False # they would turn the two dashes of a flag into one
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst" # tables that a cell writes are tables
 nb_code_prompt_show = "Show the {type}"
 nb_code_prompt_hide = "Hide the {type}"
 myst_enable_extensions = ["dollarmath", "html_image"]
