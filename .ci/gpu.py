@@ -292,6 +292,8 @@ def start(job: dict, limit: float) -> tuple[int | None, str]:
         environ = {**os.environ, "PYTHONPATH": path, "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": "1"}
         compiled = Path(tempfile.gettempdir())/"gpt2_nb_compiled" # stays, so that nothing is compiled twice
         environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        if job.get("jobs", 1) > 1: # else every notebook takes all cores, and all of them crawl
+            environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job["jobs"])))
         if job["what"] == "notebook": environ["TMPDIR"] = folder # what its cells leave there goes with it
         words = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(job)]
         apart = os.name == "posix" # in a group of its own, which can be stopped as a whole
@@ -407,7 +409,7 @@ def parent(flags) -> int:
 
     def do_test(path):
         if left() < WORTH_S: print(f"  skipped, the budget is used up: {path.name}", flush=True)
-        else: do_notebook(path, job, tests[path], min(NOTEBOOK_S, left()))
+        else: do_notebook(path, job | dict(jobs=flags.jobs), tests[path], min(NOTEBOOK_S, left()))
 
     with ThreadPoolExecutor(flags.jobs) as pool: list(pool.map(do_test, [t for t in to_do if t in tests]))
     for task in [task for task in to_do if task not in tests]:
