@@ -298,9 +298,10 @@ def definition(module: str, name: str) -> str:
         for pattern, new, times in EDITS.get(name, []):
             source, n = re.subn(pattern, new, source, flags=re.M)
             if n != times != WORDS:
-                raise SystemExit(f"one_file.py: {name}: {pattern!r} fits {n} times, expected {times}")
+                raise ValueError(f"{name} has changed: the edit {pattern!r} of .ci/one_file.py fits it {n} times, "
+                                 f"expected {times}")
         return tidy(SIGNATURE.sub(signature, source))
-    raise SystemExit(f"one_file.py: gpt2_nb/{module}.py defines no {name}")
+    raise ValueError(f".ci/one_file.py wants {name}, and gpt2_nb/{module}.py defines no such name")
 
 
 def source() -> str:
@@ -361,7 +362,8 @@ def check_equal(text: str) -> list[str]:
 
 def check_one_file() -> list[str]:
     "The committed file is what the package gives, imports nothing of it, and computes the same"
-    text = source()
+    try: text = source()
+    except ValueError as e: return [str(e)]
     there = ONE_FILE.read_text(encoding="utf-8") if ONE_FILE.exists() else ""
     bad = [] if text == there else ["nbs/one_file/gpt2.py is not what the package gives: make one-file"]
     if re.search(r"^\s*(from|import) +\.?gpt2_nb", text, re.M): bad.append("gpt2.py imports the package")
@@ -376,7 +378,9 @@ def check_one_file() -> list[str]:
 
 def main():
     argparse.ArgumentParser(prog="one_file.py", description=__doc__.splitlines()[0]).parse_args()
-    begin, text = time.time(), source()
+    begin = time.time()
+    try: text = source()
+    except ValueError as e: sys.exit(str(e))
     ONE_FILE.parent.mkdir(exist_ok=True)
     ONE_FILE.write_text(text, encoding="utf-8")
     print(f"wrote {ONE_FILE.relative_to(ROOT)}: {len(text.splitlines())} lines")

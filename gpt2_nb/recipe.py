@@ -207,10 +207,9 @@ def fit_batch(
     narrow = bf16 and cfg.bf16_residual and cfg.compile # without compiling, LayerNorm keeps fp32
     how = dict(bf16=bf16, checkpointed=cfg.grad_checkpoint, bf16_stream=narrow,
                shards=dist.world_size if cfg.parallel == "fsdp" else 1)
-    def too_large(n):
-        return training_bytes(shape, n * cfg.block_size, memory, **how) > 0.9 * memory - 2**30
+    def needs(n): return training_bytes(shape, n * cfg.block_size, memory, **how)
 
-    while size > 1 and any_rank(too_large(size), dist): size //= 2
+    while size > 1 and any_rank(needs(size) > 0.9 * memory - 2**30, dist): size //= 2
     return size
 
 # %% ../nbs/18_recipe.ipynb #3f3a9fa1
@@ -235,8 +234,7 @@ def data_folder(
     if is_url(cfg.data): # a text is copied when it is read, shards are copied now
         return None if Path(cfg.data).suffix.lower() in READERS else fetch_shards(cfg.data)
     if folder := find_shards(cfg.data): return folder
-    has_text = Path(cfg.data).exists() or cfg.data == "shakespeare"
-    if has_text: return None
+    if Path(cfg.data).exists() or cfg.data == "shakespeare": return None # there is a text
 
     if (out/"config.json").exists(): # a resumed run, whose shards `--data` does not find
         known = read_json(out/"config.json").get("data", {})
