@@ -323,7 +323,7 @@ def validate(
 def uncompiled(
     run: Run,
 ): # a context
-    "In it, compiled blocks run as they are, whatever the shape of their input"
+    "Within it, compiled blocks run uncompiled, whatever the shape of their input"
     return torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext()
 
 # %% ../nbs/19_train.ipynb #11e30ff5
