@@ -313,7 +313,7 @@ def copy_to_host(
     tensors: dict, # by name, on any device; shares under FSDP
     copies: dict, # name -> memory of earlier calls, which is used again; it is added to
     group: ProcessGroup | None = None, # needed for shares: see `second_group`
-) -> dict: # the copies; on CUDA they are complete when the current stream has got there
+) -> dict: # the copies; on CUDA they are complete when the current stream has reached them
     "Copy tensors into the memory of the CPU"
     cpus = DeviceMesh.from_group(group, "cpu") if group else None
     result = {}
