@@ -442,7 +442,7 @@ class RemoteFile:
 
     def __str__(self): return self.fs.unstrip_protocol(self.path)
 
-    def size(self) -> int | None: # bytes; None if the store does not say
+    def size(self) -> int | None: # bytes; None if the store does not report it
         with reaching(str(self)): return self.fs.info(self.path)["size"]
 
     def pieces(self) -> Iterator[bytes]:
