@@ -303,7 +303,7 @@ def validate(
     begin = time.perf_counter()
     tokens = 32_768 if dist.device.type == "cuda" else 4096 # in a batch
     batches = data.val(max(1, tokens // cfg.block_size))
-    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no third shape
+    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no new shape to compile
 
     model = run.step_model if dist.world_size == 1 else run.model # compiled, if the run is
     autocast = precision(dist.device, cfg.dtype)
