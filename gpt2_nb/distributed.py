@@ -384,7 +384,7 @@ def from_main(
 class FlagPoll:
     """Ask at each step whether a flag is true on some rank: `poll(flag)`, on every rank.
 
-    On several GPUs it returns the answer to the previous step's question; elsewhere, to this step's.
+    On several GPUs the answer is that to the question of the step before; elsewhere it is immediate.
     """
     def __init__(
         self,

@@ -402,7 +402,7 @@ def is_url(name: str | Path) -> bool:
 
 
 def open_remote(url: str) -> tuple: # fsspec's file system, and the path in it
-    "Open the store of an address; `InputError` for an unknown kind, or if its package is missing"
+    "What an address means; `InputError` for an unknown kind, or one that needs a package"
     kind = url.partition("://")[0]
     if {".", ".."} & set(url.split("/")): raise InputError(f"{url}: an address cannot contain . or ..")
     try:
@@ -442,7 +442,7 @@ class RemoteFile:
 
     def __str__(self): return self.fs.unstrip_protocol(self.path)
 
-    def size(self) -> int | None: # bytes; None if the store does not report it
+    def size(self) -> int | None: # bytes; None if the store does not say
         with reaching(str(self)): return self.fs.info(self.path)["size"]
 
     def pieces(self) -> Iterator[bytes]:

@@ -303,7 +303,7 @@ def validate(
     begin = time.perf_counter()
     tokens = 32_768 if dist.device.type == "cuda" else 4096 # in a batch
     batches = data.val(max(1, tokens // cfg.block_size))
-    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no new shape to compile
+    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no third shape
 
     model = run.step_model if dist.world_size == 1 else run.model # compiled, if the run is
     autocast = precision(dist.device, cfg.dtype)
@@ -323,7 +323,7 @@ def validate(
 def uncompiled(
     run: Run,
 ): # a context
-    "Within it, compiled blocks run uncompiled, whatever the shape of their input"
+    "In it, compiled blocks run as they are, whatever the shape of their input"
     return torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext()
 
 # %% ../nbs/19_train.ipynb #11e30ff5
