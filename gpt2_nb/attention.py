@@ -115,7 +115,7 @@ def document_attention(
     bounds: torch.Tensor, # (N + 1,) int32, see `bounds_mask`
     dropout_p: float = 0.0, # probability of setting a weight to 0
 ) -> torch.Tensor: # (B, H, T, D)
-    "Causal attention within documents, by the fastest way that there is on this device"
+    "Causal attention within documents, in the fastest way available on this device"
     B, H, T, D = q.shape
     kernel = not dropout_p and has_varlen(q.device, q.dtype, D)
     lengths = []

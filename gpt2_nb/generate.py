@@ -43,7 +43,7 @@ def candidates(
     logits: torch.Tensor, # (B, V)
     top_k: int | None = None, # keep the `top_k` likeliest tokens (Fan et al. 2018)
     top_p: float | None = None, # keep the smallest set of this probability (Holtzman et al. 2019)
-    first: int = 256, # how many to sort at first for `top_p` alone; V never needs a second try
+    first: int = 256, # how many to sort at first for `top_p` alone; V is always enough
 ) -> tuple[torch.Tensor, torch.Tensor]: # (B, K) probabilities, 0 for those cut; (B, K) their ids
     "The tokens that may be drawn, likeliest first, at least one in each row"
     check_sampling(top_k=top_k, top_p=top_p)
@@ -86,7 +86,7 @@ def next_ids(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None =
     if temperature < 1e-6 or top_k == 1: return logits.argmax(-1) # dividing by less could overflow
     logits = logits / temperature
     if top_k is None and top_p is None: return draw(logits.softmax(-1), generator, darts)
-    # with `darts`, a second try would let the host wait for the first
+    # with `darts` the host must not wait, as it would to decide on a second try
     first = 256 if darts is None else logits.shape[-1]
     probs, ids = candidates(logits, top_k, top_p, first) # (B, K)
     return ids.gather(-1, draw(probs, generator, darts)[:, None])[:, 0]
@@ -238,8 +238,8 @@ class Rows:
         self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.ends = torch.full_like(ids[:, 0], n)
 
-    def write(self, at: slice | torch.Tensor, new: torch.Tensor): # (1,) if a tensor; (B,)
-        "Write the next token of each row into the column `at`; rows that have stopped ignore theirs"
+    def write(self, at: slice | torch.Tensor, new: torch.Tensor): # at: (1,) if a tensor
+        "Write `new` (B,), the next tokens, into column `at`; rows that have stopped ignore theirs"
         new = new.masked_fill(self.done, self.stop)
         self.ids[:, at] = new[:, None]
         self.ends += ~self.done # a row ends with its stop token
@@ -320,7 +320,7 @@ class StaticDecoder:
             if self.taken == 3 and self.place.is_cuda: self.record()
 
 # %% ../nbs/07_generate.ipynb #09a8b19a
-LOT = 16 # steps of fixed shape between two looks at whether all rows have stopped
+LOT = 16 # steps of fixed shape between two checks whether all rows have stopped
 
 def fill_columns(window: Window, rows: Rows, n: int, choose: Callable,
                  on_token: Callable | None = None, decoder: StaticDecoder | None = None):

@@ -219,7 +219,7 @@ def prepare(
     key = device, model.cfg.block_size, budget, rank, world_size
     if data.kept and data.kept[0] == key: return data.kept[1:]
 
-    data.kept = None # before there are others
+    data.kept = None # free the old batches before making new ones
     trees = all_trees(data, model.cfg.block_size)
     plan = plan_batches(trees, budget)
     batches, places = [], []

@@ -203,7 +203,7 @@ PEAK_FLOPS = { # bf16, dense, from the manufacturers' data sheets; in fp32 where
 def peak_flops(
     device_name: str, # as PyTorch reports it
 ) -> float | None: # per second; None for a device that is not in the table
-    "The peak of the device whose name has the longest entry of `PEAK_FLOPS` in it, as a word"
+    "The peak speed under the longest key of `PEAK_FLOPS` that is a word of the device's name"
     def is_in(name): return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9])", device_name)
     found = [name for name in PEAK_FLOPS if is_in(name)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
