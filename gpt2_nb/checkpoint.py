@@ -313,7 +313,7 @@ def copy_to_host(
     tensors: dict, # by name, on any device; shares under FSDP
     copies: dict, # name -> memory of earlier calls, which is used again; it is added to
     group: ProcessGroup | None = None, # needed for shares: see `second_group`
-) -> dict: # the copies; on CUDA they are complete when the current stream has got there
+) -> dict: # the copies; on CUDA they are complete when the current stream has reached this point
     "Copy tensors into the memory of the CPU"
     cpus = DeviceMesh.from_group(group, "cpu") if group else None
     result = {}
@@ -330,7 +330,7 @@ def copy_to_host(
 
 # %% ../nbs/16_checkpoint.ipynb #24e48582
 def own_share(tensors: dict, dist: Dist) -> dict:
-    "Those that this rank saves: sharded ones, and its part of the others, in an order that all share"
+    "The tensors that this rank saves: all sharded ones, and its part of the others"
     mine, assigned = {}, [0] * dist.world_size # bytes of each rank
     for name, t in tensors.items():
         rank = assigned.index(min(assigned))
@@ -407,7 +407,7 @@ class Saver:
         else: f()
 
     def has(self, step: int) -> bool:
-        "Whether a step has a checkpoint, be it one that is still being written"
+        "Whether a step has a checkpoint, or one that is still being written"
         being_written = self.writing is not None and self.step == step
         return being_written or (self.out/"ckpt"/f"{step:08d}").exists()
 

@@ -324,8 +324,9 @@ def leave(e: BaseException, dist: Dist): # why this process ends, and which rank
         try: first = dist.store.compare_set("failed", "", rank) == rank.encode()
         except RuntimeError: first = True # the launcher is gone, and its store with it
         if first and isinstance(e, Exception):
-            if dist.rank: print(file=sys.stderr) # the first rank's progress bar may be on this line
-            print(failure_line(e) or "".join(traceback.format_exception(e)), file=sys.stderr)
+            line = failure_line(e) or "".join(traceback.format_exception(e))
+            # the first rank's progress bar may be on this line; one write keeps it from coming between
+            sys.stderr.write("\n" * bool(dist.rank) + line + "\n")
     for stream in (sys.stdout, sys.stderr): stream.flush()
 
     code = 130 if isinstance(e, KeyboardInterrupt) else 1
@@ -384,7 +385,7 @@ def from_main(
 class FlagPoll:
     """Ask at each step whether a flag is true on some rank: `poll(flag)`, on every rank.
 
-    On several GPUs the answer is that to the question of the step before; elsewhere it is immediate.
+    On several GPUs it returns the answer for the step before; elsewhere the answer is immediate.
     """
     def __init__(
         self,

@@ -306,7 +306,7 @@ def write_shards(
 PARTS = "parts" # the folder, inside that of the shards, where parts are made
 
 def to_continue(out: Path, wanted: Manifest, by_join: bool = False) -> Manifest:
-    "`existing_manifest`, but begin again after shards made in the other way: from text, or by a join"
+    "`existing_manifest`, but start over if it was made in the other way, from text or by a join"
     there = existing_manifest(out, wanted)
     state = there.position.get("state")
     made_by_join = isinstance(state, dict) and "joined" in state

@@ -44,7 +44,7 @@ class TrainConfig:
     init_from: str = "" # start from these weights: a run, a Hugging Face folder, or gpt2
 
     # the batch
-    batch_size: int = 16 # most sequences in a micro-batch of a process; 0 for what its device holds
+    batch_size: int = 16 # most sequences in a micro-batch of a process; 0 for what fits its device
     total_batch_size: int = 0 # tokens per step of all processes; 0 for one micro-batch of each
     block_size: int = 64 # tokens in a sequence, T
 

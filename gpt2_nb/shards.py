@@ -402,7 +402,7 @@ def is_url(name: str | Path) -> bool:
 
 
 def open_remote(url: str) -> tuple: # fsspec's file system, and the path in it
-    "What an address means; `InputError` for an unknown kind, or one that needs a package"
+    "Open the store of an address; `InputError` for an unknown kind, or if its package is missing"
     kind = url.partition("://")[0]
     if {".", ".."} & set(url.split("/")): raise InputError(f"{url}: an address cannot contain . or ..")
     try:

@@ -192,6 +192,25 @@ def open_choices(
     except InputError as e:
         raise InputError(f"{e}; to train without HellaSwag, give --hellaswag_interval 0") from e
 
+# %% ../nbs/19_train.ipynb #9d90ab98
+def _open_log(cfg, out, dist, step, report, resolved) -> tuple[RunLog, str]:
+    "Open the log, write this start's first line, and report what has changed since the last"
+    goes_on = (out/"log.jsonl").exists() and step > 0
+    opening = dict(config=saved_config(cfg), resolved=resolved, **environment(dist.device))
+    changed = changes(out/"log.jsonl", opening, step) if goes_on and dist.is_main else ""
+    log = RunLog(out/"log.jsonl" if dist.is_main else None, step, report)
+    if step: log("resume", step=step, **opening)
+    else: log("config", **opening)
+    return log, changed
+
+
+def _write_config(cfg, out, model, resolved, data, step):
+    "Write `config.json`, and forget a best checkpoint that is later than `step`"
+    if (read_best(out)["step"] or 0) > step: (out/"best.json").unlink() # it is damaged or gone
+    values = dict(train=saved_config(cfg), model=asdict(model), resolved=resolved,
+                  data=saved_data(data))
+    with atomic_write(out/"config.json", "w") as f: json.dump(values, f, indent=1)
+
 # %% ../nbs/19_train.ipynb #d1677b16
 def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     "Find or make every part of a run"
@@ -230,25 +249,6 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     saver = Saver(out, dist, cfg.keep, {step} if found else set(), log)
     return Run(cfg, out, dist, model, step_model, loss_fn, optimizer, loader, accumulate, data, log, step,
                saver, choices, resolved, note=changed or note)
-
-# %% ../nbs/19_train.ipynb #9d90ab98
-def _open_log(cfg, out, dist, step, report, resolved) -> tuple[RunLog, str]:
-    "Open the log, write this start's first line, and report what has changed since the last"
-    goes_on = (out/"log.jsonl").exists() and step > 0
-    opening = dict(config=saved_config(cfg), resolved=resolved, **environment(dist.device))
-    changed = changes(out/"log.jsonl", opening, step) if goes_on and dist.is_main else ""
-    log = RunLog(out/"log.jsonl" if dist.is_main else None, step, report)
-    if step: log("resume", step=step, **opening)
-    else: log("config", **opening)
-    return log, changed
-
-
-def _write_config(cfg, out, model, resolved, data, step):
-    "Write `config.json`, and forget a best checkpoint that is later than `step`"
-    if (read_best(out)["step"] or 0) > step: (out/"best.json").unlink() # it is damaged or gone
-    values = dict(train=saved_config(cfg), model=asdict(model), resolved=resolved,
-                  data=saved_data(data))
-    with atomic_write(out/"config.json", "w") as f: json.dump(values, f, indent=1)
 
 # %% ../nbs/19_train.ipynb #28dc65f0
 OURS = ("config.json tokenizer.json log.jsonl best.json samples.txt loss.png ckpt data profile "
@@ -303,7 +303,7 @@ def validate(
     begin = time.perf_counter()
     tokens = 32_768 if dist.device.type == "cuda" else 4096 # in a batch
     batches = data.val(max(1, tokens // cfg.block_size))
-    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no third shape
+    if cfg.compile: batches = same_shape(data.val(run.loader.batch_size)) # no new shape to compile
 
     model = run.step_model if dist.world_size == 1 else run.model # compiled, if the run is
     autocast = precision(dist.device, cfg.dtype)
@@ -323,7 +323,7 @@ def validate(
 def uncompiled(
     run: Run,
 ): # a context
-    "In it, compiled blocks run as they are, whatever the shape of their input"
+    "A context in which compiled blocks run uncompiled, so that their input may have any shape"
     return torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext()
 
 # %% ../nbs/19_train.ipynb #11e30ff5
