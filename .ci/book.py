@@ -174,6 +174,9 @@ def check_outputs():
             d = directives(c.source)
             idle = {"export", "hide", "slow", "cuda"} & d.keys() or d.get("eval") == "false"
             if not idle and not c.outputs and should_show(c.source): bad.append(f"{where} should show something and shows nothing")
+            rest = re.sub(r"^(#.*\n)+", "", c.source)
+            if "cuda" in d and not rest.startswith("if torch.cuda.is_available():\n"):
+                bad.append(f"{where} would end a run of all cells where there is no GPU")
     return bad
 
 
