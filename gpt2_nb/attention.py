@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from .core import InputError
 
@@ -95,7 +94,6 @@ def loop_over_documents(
     return torch.cat(done)
 
 # %% ../nbs/02_attention.ipynb #b4f70175
-@torch.compiler.assume_constant_result
 def has_varlen(
     device: torch.device,
     dtype: torch.dtype, # of queries, keys and values
@@ -106,6 +104,9 @@ def has_varlen(
     if device.type != "cuda" or torch.version.hip or not half: return False
     if head_dim % 8 or head_dim > 256: return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+# as torch.compiler.assume_constant_result does, which imports the whole compiler
+has_varlen._dynamo_marked_constant = True
 
 
 def document_attention(
@@ -126,7 +127,9 @@ def document_attention(
         return masked_attention(q, k, v, bounds_mask(bounds, B, T), dropout_p)
 
     q, k, v = (t.transpose(1, 2).reshape(B * T, H, D) for t in (q, k, v)) # views
-    if kernel: y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(-1, 0)) # causal
+    if kernel:
+        from torch.nn.attention.varlen import varlen_attn # its import takes most of a second
+        y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(-1, 0)) # causal
     else: y = loop_over_documents(q, k, v, lengths, dropout_p)
     return y.view(B, T, H, D).transpose(1, 2)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARALLEL', 'Dist', 'launched', 'distributed', 'serve', 'Ranks', 'all_sum', 'any_rank', 'broadcast',
-           'broadcast_object', 'barrier', 'second_group', 'wrap_ddp', 'grad_sync', 'apply_fsdp', 'full_tensor',
-           'parallelize', 'gathered', 'same_output', 'clip_grad_norm', 'RankFailed', 'leave', 'watch_ranks',
-           'from_main', 'FlagPoll']
+           'broadcast_object', 'barrier', 'second_group', 'wrap_ddp', 'grad_sync', 'apply_fsdp', 'is_sharded',
+           'full_tensor', 'parallelize', 'gathered', 'same_output', 'clip_grad_norm', 'RankFailed', 'leave',
+           'watch_ranks', 'from_main', 'FlagPoll']
 
 # %% ../nbs/13_distributed.ipynb #41f1c367
 import importlib.util
@@ -28,8 +28,6 @@ from pathlib import Path
 import torch
 from torch import distributed as torch_dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .core import InputError, Limit, check_flags, failure_line, pick_device
@@ -244,7 +242,7 @@ def grad_sync(
 ):
     "Around forward *and* backward of a micro-batch: average gradients over the ranks only if `on`"
     inner = getattr(module, "_orig_mod", module) # torch.compile wraps
-    if isinstance(inner, FSDPModule): inner.set_requires_gradient_sync(on)
+    if hasattr(inner, "unshard"): inner.set_requires_gradient_sync(on)
     silent = isinstance(inner, DistributedDataParallel) and not on
     with inner.no_sync() if silent else nullcontext(): yield
 
@@ -254,6 +252,7 @@ def apply_fsdp(
     dist: Dist, # this rank
 ) -> nn.Module: # the model itself
     "Shard a model, so that each rank holds a share of every weight, gradient and moment"
+    from torch.distributed.fsdp import fully_shard # its import takes a third of a second
     for block in model.transformer.h: fully_shard(block)
     fully_shard(model)
 
@@ -264,11 +263,16 @@ def apply_fsdp(
     return model
 
 # %% ../nbs/13_distributed.ipynb #3f5ee4a9
+def is_sharded(x) -> bool: # whether `x` is a `DTensor`
+    "Recognise a sharded tensor by a method that only a `DTensor` has"
+    return hasattr(x, "full_tensor")
+
+
 def full_tensor(
     x, # a tensor, sharded or not; anything else is returned as it is
 ): # an ordinary tensor
     "Assemble a sharded tensor; every rank must call it"
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 # %% ../nbs/13_distributed.ipynb #9fcc89c6
 PARALLEL = ("ddp", "fsdp") # the ways to train on several ranks
@@ -290,10 +294,11 @@ def gathered(
     model: GPT, # the model itself, sharded or not
 ):
     "A context in which parts of a model can be called on their own; every rank must enter it"
-    if isinstance(model, FSDPModule): model.unshard()
+    sharded = hasattr(model, "unshard") # as FSDP's models have
+    if sharded: model.unshard()
     try: yield
     finally:
-        if isinstance(model, FSDPModule): model.reshard()
+        if sharded: model.reshard()
 
 # %% ../nbs/13_distributed.ipynb #58ec722e
 @contextmanager

@@ -121,13 +121,15 @@ def equal_chunks(
     return max(1, min(n, limit, rows))
 
 
-@torch.compiler.assume_constant_result # torch.compile calls it once and keeps the number
 def logits_budget(
     device: torch.device,
 ) -> int: # bytes
     "What a chunk's logits in fp32 may take: 32 MiB on a CPU, an eighth of a GPU's memory"
     if device.type == "cuda": return torch.cuda.get_device_properties(device).total_memory // 8
     return 2**25 if device.type == "cpu" else 2**30 # 1 GiB elsewhere, as on Apple's GPUs
+
+# torch.compile calls it once and keeps the number, as with torch.compiler.assume_constant_result
+logits_budget._dynamo_marked_constant = True
 
 # %% ../nbs/04_memory.ipynb #d88b8775
 def linear_cross_entropy(
