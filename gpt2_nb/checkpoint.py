@@ -87,7 +87,7 @@ def write_plan(
     if tensors: save_file(tensors, folder/file, notes)
     return results
 
-
+# %% ../nbs/16_checkpoint.ipynb #9139a016
 def file_writer(
     folder: Path, # seen by all ranks
     several: bool, # whether several ranks save

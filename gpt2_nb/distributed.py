@@ -267,7 +267,7 @@ def is_sharded(x) -> bool: # whether `x` is a `DTensor`
     "Recognise a sharded tensor by a method that only a `DTensor` has"
     return hasattr(x, "full_tensor")
 
-
+# %% ../nbs/13_distributed.ipynb #589a3cc4
 def full_tensor(
     x, # a tensor, sharded or not; anything else is returned as it is
 ): # an ordinary tensor
