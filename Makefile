@@ -35,7 +35,7 @@ gpu:             ## run the tests that need a GPU, then measure training on it, 
 
 model: $(READY)  ## train the small model that the chapters use, in about 20 minutes on two cores
 	$(BIN)/gpt2_train --out runs/plays --vocab_size 2048 --n_layer 4 --n_head 4 --n_embd 256 --block_size 128 \
-	  --learning_rate 2e-3 --max_iters 4000 --eval_interval 500 --save_interval 1000 --seed 1337 $(ARGS)
+	  --init_std 0.02 --learning_rate 2e-3 --max_iters 4000 --eval_interval 500 --save_interval 1000 --seed 1337 $(ARGS)
 	rm -f nbs/models/plays/*.json nbs/models/plays/merges.txt nbs/models/plays/model.safetensors
 	$(BIN)/gpt2_export --model runs/plays --out nbs/models/plays --dtype float16
 	cp runs/plays/log.jsonl nbs/runs/plays.jsonl

@@ -39,7 +39,7 @@ QUICK_START = dict(
     vocab_size=257, # no merges: one token per byte, and the end of text
     batch_size=12, block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0,
     learning_rate=1e-3, min_lr=1e-4, schedule="cosine", warmup_iters=100, max_iters=2000,
-    weight_decay=0.1, beta2=0.99, grad_clip=1.0)
+    init_std=0.02, weight_decay=0.1, beta2=0.99, grad_clip=1.0)
 
 # Flags of every row. They change what is reported, and leave the training as it is.
 REPORT = dict(val_tokens=0, log_interval=50)

@@ -122,8 +122,8 @@ MUTANTS = {
         (
             "residual-scale",
             "residual projections are scaled by the layers, not by twice as many",
-            "std=0.02 / (2 * cfg.n_layer)**0.5",
-            "std=0.02 / cfg.n_layer**0.5",
+            "std=std / (2 * cfg.n_layer)**0.5",
+            "std=std / cfg.n_layer**0.5",
         ),
         (
             "post-norm",

@@ -204,6 +204,7 @@ class FinetuneConfig(TrainConfig):
     # The model decides these, so they are not flags.
     init_from: str = field(default="", metadata=dict(flag=False))
     vocab_size: int = field(default=0, metadata=dict(flag=False))
+    init_std: float = field(default=0.0, metadata=dict(flag=False))
     padded_vocab_size: int = field(default=0, metadata=dict(flag=False))
     n_layer: int = field(default=0, metadata=dict(flag=False))
     n_head: int = field(default=0, metadata=dict(flag=False))

@@ -147,14 +147,15 @@ def mean_loss(
 def init_weights(
     model: nn.Module, # a GPT or a part of it, with GPT-2's parameter names
     cfg: GPTConfig, # its shape
+    std: float = 0.02, # standard deviation of the weights
 ):
-    "Draw weights as GPT-2 does: std 0.02, or 0.02 / sqrt(2 n_layer) where a branch ends"
+    "Draw weights as GPT-2 does: with `std`, or `std` / sqrt(2 n_layer) where a branch ends"
     for name, p in model.named_parameters():
         if name.endswith("bias"): p.zero_()
         elif "ln_" in name: p.fill_(1)
-        elif name.endswith("c_proj.weight"): p.normal_(std=0.02 / (2 * cfg.n_layer)**0.5)
-        elif "wte" in name: p.zero_()[:cfg.vocab_size].normal_(std=0.02) # the padding stays zero
-        else: p.normal_(std=0.02)
+        elif name.endswith("c_proj.weight"): p.normal_(std=std / (2 * cfg.n_layer)**0.5)
+        elif "wte" in name: p.zero_()[:cfg.vocab_size].normal_(std=std) # the padding stays zero
+        else: p.normal_(std=std)
 
 # %% ../nbs/03_model.ipynb #946068a6
 def check_range(
@@ -275,6 +276,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         cfg: GPTConfig, # the model's shape
+        init_std: float = 0.02, # standard deviation of its weights, see `init_weights`
     ):
         super().__init__()
         self.cfg = cfg
@@ -287,7 +289,7 @@ class GPT(nn.Module):
             self.lm_head.out_features = cfg.vocab_rows
 
         self.lm_head.weight = self.transformer.wte.weight # tied
-        init_weights(self, cfg)
+        init_weights(self, cfg, init_std)
 
     def forward(
         self,

@@ -54,10 +54,11 @@ class TrainConfig:
     n_embd: int = 128 # width of the residual stream
     padded_vocab_size: int = 0 # rows of the embedding, rounded up for speed; 0 for one per id
     dropout: float = 0.0 # probability of dropping an activation
+    init_std: float = 0.0 # standard deviation of new weights; 0 for 0.02 · √(768 / n_embd)
     document_mask: bool = False # attend within documents only; GPT-2 was trained without this
 
     # the optimizer
-    learning_rate: float = 3e-3 # peak learning rate
+    learning_rate: float = 4e-3 # peak learning rate
     min_lr: float = 0.0 # learning rate at the end
     schedule: Literal[tuple(SCHEDULES)] = "linear" # learning-rate curve after the warm-up
     warmup_iters: int = 100 # steps of linear warm-up
@@ -105,8 +106,8 @@ def full_scale(
         preset=size, data="fineweb-edu", tokenizer="gpt2",
         batch_size=0, total_batch_size=total_batch_size, block_size=shape.block_size,
         n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, padded_vocab_size=50_304,
-        learning_rate=learning_rate, min_lr=learning_rate / 10, schedule="cosine", warmup_iters=715,
-        max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
+        init_std=0.02, learning_rate=learning_rate, min_lr=learning_rate / 10, schedule="cosine",
+        warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
         eval_interval=250, val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000,
         sample_interval=1000, sample_prompt="Hello, I'm a language model,", compile=True, **more)
 
@@ -130,6 +131,7 @@ LIMITS = dict.fromkeys(AT_LEAST_1, Limit(low=1)) | dict.fromkeys(AT_LEAST_0, Lim
     dropout=Limit(low=0, below=1),
     beta2=Limit(low=0, below=1),
     learning_rate=Limit(above=0),
+    init_std=Limit(low=0),
     seed=Limit(low=0, high=2**32 - 1), # the seeds that numpy accepts
     **choices_of(TrainConfig), # of the fields that are annotated as `Literal`
 ) # allowed values of the fields of `TrainConfig`

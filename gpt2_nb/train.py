@@ -168,7 +168,9 @@ def make_model(
     start: GPT | None = None, # a model whose weights it begins with
 ) -> GPT:
     "A new model, or `start` with the window, dropout and padding of `cfg`"
-    if start is None: return GPT(model_config(cfg, tokenizer.n_vocab))
+    if start is None:
+        std = cfg.init_std or 0.02 * (768 / cfg.n_embd)**0.5 # narrower models begin larger
+        return GPT(model_config(cfg, tokenizer.n_vocab), std)
     if cfg.block_size > start.cfg.block_size:
         raise InputError(f"--block_size {cfg.block_size} is longer than the {start.cfg.block_size} "
                          f"of {cfg.init_from}")

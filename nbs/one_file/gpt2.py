@@ -119,13 +119,13 @@ def mean_loss(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, cfg: GPTConfig):
-    "Draw weights as GPT-2 does: std 0.02, or 0.02 / sqrt(2 n_layer) where a branch ends"
+def init_weights(model: nn.Module, cfg: GPTConfig, std: float = 0.02):
+    "Draw weights as GPT-2 does: with `std`, or `std` / sqrt(2 n_layer) where a branch ends"
     for name, p in model.named_parameters():
         if name.endswith("bias"): p.zero_()
         elif "ln_" in name: p.fill_(1)
-        elif name.endswith("c_proj.weight"): p.normal_(std=0.02 / (2 * cfg.n_layer)**0.5)
-        else: p.normal_(std=0.02)
+        elif name.endswith("c_proj.weight"): p.normal_(std=std / (2 * cfg.n_layer)**0.5)
+        else: p.normal_(std=std)
 
 
 class Transformer(nn.Module):
@@ -152,14 +152,14 @@ class Transformer(nn.Module):
 
 class GPT(nn.Module):
     "GPT-2 (Radford et al. 2019): `GPT(cfg)(idx, targets=None)` gives `(logits, loss)`"
-    def __init__(self, cfg: GPTConfig):
+    def __init__(self, cfg: GPTConfig, init_std: float = 0.02):
         super().__init__()
         self.cfg = cfg
         self.transformer = Transformer(cfg)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
         self.lm_head.weight = self.transformer.wte.weight # tied
-        init_weights(self, cfg)
+        init_weights(self, cfg, init_std)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 caches: list[KVCache] | None = None
