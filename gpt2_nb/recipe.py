@@ -104,10 +104,10 @@ def full_scale(
     shape = GPT2_SIZES[size]
     return TrainConfig(
         preset=size, data="fineweb-edu", tokenizer="gpt2",
-        batch_size=0, total_batch_size=total_batch_size, block_size=shape.block_size,
+        batch_size=0, total_batch_size=total_batch_size, block_size=shape.block_size, init_std=0.02,
         n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, padded_vocab_size=50_304,
-        init_std=0.02, learning_rate=learning_rate, min_lr=learning_rate / 10, schedule="cosine",
-        warmup_iters=715, max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
+        learning_rate=learning_rate, min_lr=learning_rate / 10, schedule="cosine", warmup_iters=715,
+        max_iters=10_000_000_000 // total_batch_size, beta2=0.95,
         eval_interval=250, val_tokens=10_485_760, save_interval=1000, hellaswag_interval=1000,
         sample_interval=1000, sample_prompt="Hello, I'm a language model,", compile=True, **more)
 
@@ -124,14 +124,14 @@ PRESETS = {
 AT_LEAST_1 = ("block_size n_layer n_head n_embd max_iters eval_interval save_interval "
               "log_interval keep max_skips").split()
 AT_LEAST_0 = ("batch_size total_batch_size padded_vocab_size warmup_iters val_tokens patience profile "
-              "hellaswag_interval sample_interval min_lr weight_decay grad_clip save_minutes").split()
+              "hellaswag_interval sample_interval min_lr weight_decay grad_clip save_minutes "
+              "init_std").split()
 
 LIMITS = dict.fromkeys(AT_LEAST_1, Limit(low=1)) | dict.fromkeys(AT_LEAST_0, Limit(low=0)) | dict(
     vocab_size=Limit(low=257, high=2**16), # 256 bytes and an end-of-text id; shards are uint16
     dropout=Limit(low=0, below=1),
     beta2=Limit(low=0, below=1),
     learning_rate=Limit(above=0),
-    init_std=Limit(low=0),
     seed=Limit(low=0, high=2**32 - 1), # the seeds that numpy accepts
     **choices_of(TrainConfig), # of the fields that are annotated as `Literal`
 ) # allowed values of the fields of `TrainConfig`
