@@ -152,15 +152,16 @@ def prefetched(
     "The items of an iterator, in order, made in advance by a thread"
     pool = ThreadPoolExecutor(1, "prefetch")
     end = object()
+    waiting = deque(pool.submit(next, items, end) for _ in range(n))
     try:
-        waiting = deque(pool.submit(next, items, end) for _ in range(n))
         while True:
             item = waiting.popleft().result() # an error in the thread is raised here
             if item is end: return
             waiting.append(pool.submit(next, items, end))
             yield item
     finally: # the thread finishes its item and ends; nobody waits for it
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting: future.cancel()
+        pool.shutdown(wait=False)
 
 # %% ../nbs/11_loader.ipynb #f8b98ade
 def check_lengths(files: list[Path], lengths: np.ndarray, block_size: int):
