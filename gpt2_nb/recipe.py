@@ -58,7 +58,7 @@ class TrainConfig:
     document_mask: bool = False # attend within documents only; GPT-2 was trained without this
 
     # the optimizer
-    learning_rate: float = 4e-3 # peak learning rate
+    learning_rate: float = 3e-3 # peak learning rate
     min_lr: float = 0.0 # learning rate at the end
     schedule: Literal[tuple(SCHEDULES)] = "linear" # learning-rate curve after the warm-up
     warmup_iters: int = 100 # steps of linear warm-up
