@@ -56,6 +56,8 @@ def trials(programs: Path) -> dict[str, list]:
         "two more steps": [programs/"gpt2_train", "--out", "run", "--resume", "--max_iters", "12"],
         "generation": [programs/"gpt2_generate", "--model", "run", "--max_new_tokens", "20"],
         "export": [programs/"gpt2_export", "--model", "run", "--out", "exported"],
+        "a plan": [programs/"gpt2_plan", "--preset", "gpt2", "--gpu", "H100"],
+        "a ladder": [programs/"gpt2_ladder", "--device", "cpu", "--help"],
     }
 
 

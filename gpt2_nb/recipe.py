@@ -335,7 +335,7 @@ def open_data(
 
 # %% ../nbs/18_recipe.ipynb #5ab9a84e
 FIXED = ("vocab_size padded_vocab_size block_size n_layer n_head n_embd document_mask "
-         "total_batch_size seed schedule").split() # flags that a resumed run must keep
+         "total_batch_size init_std seed schedule").split() # flags that a resumed run must keep
 PATHS = ("data val_data tokenizer out init_from model "
          "hellaswag_data").split() # flags of training or fine-tuning that may hold a path
 
@@ -361,7 +361,7 @@ def resume_config(
     if not file.exists(): return make(**given)
     saved = read_json(file).get("train")
     if saved is None: raise InputError(f"{file} is not the configuration of a training run")
-    saved = known_fields(cls, saved, file)
+    saved = dict(init_std=0.02) | known_fields(cls, saved, file) # which older runs do not mention
     saved |= {name: native_path(saved[name]) for name in PATHS if name in saved}
 
     for name in fixed:
