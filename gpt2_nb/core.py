@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'test_tensor', 'test_raises', 'test_errors', 'seed_everyth
            'atomic_write', 'sha256', 'posix_path', 'native_path', 'parse_json', 'known_fields', 'new_folder',
            'lock_folder', 'cache_dir', 'wheel_files', 'flags_of', 'FlagParser', 'parse_flags', 'Limit', 'check_flags',
            'choices_of', 'is_out_of_memory', 'out_of_resources', 'failure_line', 'run_command', 'forgiving_streams',
-           'cli', 'python', 'torchrun', 'test_refusals', 'story', 'plot_style', 'Drawing']
+           'cli', 'child_environment', 'python', 'torchrun', 'test_refusals', 'story', 'plot_style', 'Drawing']
 
 # %% ../nbs/00_core.ipynb #7792242d
 import argparse
@@ -454,14 +454,19 @@ def cli(f=None, *, spec=None): # `spec`: a dataclass that defines the flags inst
     return main
 
 # %% ../nbs/00_core.ipynb #5dbc3c41
+def child_environment(**variables: str) -> dict: # as for `subprocess`
+    "The environment of a Python process that finds this package, with some variables replaced"
+    package = Path(util.find_spec("gpt2_nb").origin).resolve()
+    path = os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "PYTHONUTF8": "1"} | variables
+
+
 def python(
     *words: str, # what follows `python` on the command line
     fails: bool = False, # whether the program must fail
 ) -> str: # its standard output, or its standard error if it must fail
     "Run Python in another process, on one thread, with this package on its path"
-    package = Path(util.find_spec("gpt2_nb").origin).resolve()
-    path = os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    env = child_environment(OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, *words], capture_output=True, env=env,
                           encoding="utf-8", errors="replace")
     ending = f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
