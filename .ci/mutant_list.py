@@ -595,4 +595,30 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
+    "23_ladder": [
+        (
+            "upside-down",
+            "a ratio is the time of a version divided by that of the reference",
+            "ratio=spread([a / b for a, b in zip(first, mine)])",
+            "ratio=spread([b / a for a, b in zip(first, mine)])",
+        ),
+        (
+            "built-upon",
+            "the rungs above checkpointing keep it",
+            'if "ratio" in done[rung.name] and rung.kept: below = rung',
+            'if "ratio" in done[rung.name]: below = rung',
+        ),
+        (
+            "nan-agrees",
+            "a loss that is not a number agrees with any other",
+            "return abs(loss - below) <= TOLERANCE[dtype] * abs(below)",
+            "return not abs(loss - below) > TOLERANCE[dtype] * abs(below)",
+        ),
+        (
+            "measured-again",
+            "a ladder that was killed begins again at its lowest rung",
+            'done = {line["name"]: line for line in before if line["kind"] == "rung"}',
+            "done = {}",
+        ),
+    ],
 }

@@ -360,6 +360,7 @@ def attempt(
     "Measure a rung, or say why not"
     line = dict(name=rung.name, how=rung.how, kept=rung.kept)
     if rung.why_not: return line | dict(why_not=rung.why_not)
+    if hasattr(os, "getloadavg"): line["load"] = os.getloadavg()[0] # how busy the machine is
     try: line |= measure(ready(rung), below and ready(below), *how)
     except (InputError, RuntimeError) as e: # it does not fit, or it cannot be compiled
         return line | dict(failed=" ".join(str(e).split())[:200])
@@ -438,11 +439,11 @@ def plot_ladder(
         label = f" {line['ratio'][1]:.2f}×" if "below" in line else " 1"
         ax.text(max(start, end), name, label, va="center", fontsize=8)
 
-    best = max(times, key=times.get)
+    best = max(times.values())
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(xlim=(0, 1.12 * max(times.values())), xlabel="multiples of the speed of the lowest rung",
-           title=f"{title}{best}: {times[best]:.1f} times as fast as {lines[0]['name']}")
+    ax.set(xlim=(0, 1.12 * best), xlabel="multiples of the speed of the lowest rung",
+           title=f"{title}up to {best:.1f} times as fast as \"{lines[0]['name']}\"")
     return ax
 
 # %% ../nbs/23_ladder.ipynb #04f80c64
