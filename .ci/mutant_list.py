@@ -597,6 +597,18 @@ MUTANTS = {
     ],
     "23_ladder": [
         (
+            "other-tokens",
+            "each rung draws tokens of its own, so that losses cannot be compared",
+            "generator=torch.Generator().manual_seed(cfg.seed)",
+            "generator=torch.Generator().manual_seed(torch.seed() % 2**31)",
+        ),
+        (
+            "sum-of-all",
+            "the memory of a step counts what was released again",
+            "return max(running_sum(",
+            "return sum(abs(n) for n in (",
+        ),
+        (
             "upside-down",
             "a ratio is the time of a version divided by that of the reference",
             "ratio=spread([a / b for a, b in zip(first, mine)])",
