@@ -595,4 +595,42 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
+    "23_ladder": [
+        (
+            "other-tokens",
+            "each rung draws tokens of its own, so that losses cannot be compared",
+            "generator=torch.Generator().manual_seed(cfg.seed)",
+            "generator=torch.Generator().manual_seed(torch.seed() % 2**31)",
+        ),
+        (
+            "sum-of-all",
+            "the memory of a step counts what was released again",
+            "return max(running_sum(",
+            "return sum(abs(n) for n in (",
+        ),
+        (
+            "upside-down",
+            "a ratio is the time of a version divided by that of the reference",
+            "ratio=spread([a / b for a, b in zip(first, mine)])",
+            "ratio=spread([b / a for a, b in zip(first, mine)])",
+        ),
+        (
+            "built-upon",
+            "the rungs above checkpointing keep it",
+            'if "ratio" in done[rung.name] and rung.kept: below = rung',
+            'if "ratio" in done[rung.name]: below = rung',
+        ),
+        (
+            "nan-agrees",
+            "a loss that is not a number agrees with any other",
+            "return abs(loss - below) <= TOLERANCE[dtype] * abs(below)",
+            "return not abs(loss - below) > TOLERANCE[dtype] * abs(below)",
+        ),
+        (
+            "measured-again",
+            "a ladder that was killed begins again at its lowest rung",
+            'done = {line["name"]: line for line in before if line["kind"] == "rung"}',
+            "done = {}",
+        ),
+    ],
 }

@@ -28,6 +28,7 @@ LONGER = {"finetune": "two halves, examples made into windows and the run on the
           "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "distributed": "many functions of a few lines around one call of PyTorch, and `Ranks` for the notebooks",
+          "ladder": "rungs, what measures them, their record and picture, peers and the command; each uses the last",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",
           "recipe": "every flag of the trainer is a line of it",
           "train": "opening a run, its loop and its command: what the chapter is about is their order"}

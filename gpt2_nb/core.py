@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'test_tensor', 'test_raises', 'test_errors', 'seed_everything', 'InputError', 'test_each_refused',
-           'pick_device', 'compare_times', 'has_fast_bf16', 'pick_dtype', 'temporary_name', 'leftovers', 'atomic_write',
-           'sha256', 'posix_path', 'native_path', 'parse_json', 'known_fields', 'new_folder', 'lock_folder',
-           'cache_dir', 'wheel_files', 'flags_of', 'FlagParser', 'parse_flags', 'Limit', 'check_flags', 'choices_of',
-           'is_out_of_memory', 'out_of_resources', 'failure_line', 'run_command', 'forgiving_streams', 'cli', 'python',
-           'torchrun', 'test_refusals', 'story', 'plot_style', 'Drawing']
+           'pick_device', 'take_turns', 'compare_times', 'has_fast_bf16', 'pick_dtype', 'temporary_name', 'leftovers',
+           'atomic_write', 'sha256', 'posix_path', 'native_path', 'parse_json', 'known_fields', 'new_folder',
+           'lock_folder', 'cache_dir', 'wheel_files', 'flags_of', 'FlagParser', 'parse_flags', 'Limit', 'check_flags',
+           'choices_of', 'is_out_of_memory', 'out_of_resources', 'failure_line', 'run_command', 'forgiving_streams',
+           'cli', 'child_environment', 'python', 'torchrun', 'test_refusals', 'story', 'plot_style', 'Drawing']
 
 # %% ../nbs/00_core.ipynb #7792242d
 import argparse
@@ -104,12 +104,12 @@ def pick_device(name: str = "auto") -> torch.device: # auto, cpu, cuda, cuda:N o
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #6ab73c42
-def compare_times(
+def take_turns(
     fns: dict, # name -> function without arguments
     repeats: int = 7, # timed rounds, each of which calls every function once
     warmup: int = 1, # rounds before them, which are not timed
-) -> dict: # name -> median seconds
-    "Median seconds of each function, timed in turns so that a slow moment affects all alike"
+) -> dict: # name -> seconds of each round
+    "Time functions in turns, so that a slow moment affects all alike"
     def nothing(): pass
     # a call to a GPU returns before the GPU has finished
     finish = torch.cuda.synchronize if torch.cuda.is_available() else nothing
@@ -121,7 +121,16 @@ def compare_times(
             f()
             finish()
             if i >= warmup: seconds[name].append(time.perf_counter() - start)
-    return {name: median(s) for name, s in seconds.items()}
+    return seconds
+
+
+def compare_times(
+    fns: dict, # name -> function without arguments
+    repeats: int = 7, # as for `take_turns`
+    warmup: int = 1, # as for `take_turns`
+) -> dict: # name -> median seconds
+    "Median seconds of each function, timed in turns"
+    return {name: median(s) for name, s in take_turns(fns, repeats, warmup).items()}
 
 # %% ../nbs/00_core.ipynb #d323b8c5
 def has_fast_bf16(device: torch.device) -> bool:
@@ -445,14 +454,19 @@ def cli(f=None, *, spec=None): # `spec`: a dataclass that defines the flags inst
     return main
 
 # %% ../nbs/00_core.ipynb #5dbc3c41
+def child_environment(**variables: str) -> dict: # as for `subprocess`
+    "The environment of a Python process that finds this package, with some variables replaced"
+    package = Path(util.find_spec("gpt2_nb").origin).resolve()
+    path = os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "PYTHONUTF8": "1"} | variables
+
+
 def python(
     *words: str, # what follows `python` on the command line
     fails: bool = False, # whether the program must fail
 ) -> str: # its standard output, or its standard error if it must fail
     "Run Python in another process, on one thread, with this package on its path"
-    package = Path(util.find_spec("gpt2_nb").origin).resolve()
-    path = os.pathsep.join([str(package.parent.parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    env = child_environment(OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, *words], capture_output=True, env=env,
                           encoding="utf-8", errors="replace")
     ending = f"exit code {done.returncode}\n{done.stdout}{done.stderr}"

@@ -41,14 +41,16 @@ def make_optimizer(
     weight_decay: float = 0.1, # see `param_groups`
     betas: tuple[float, float] = (0.9, 0.95), # decay rates of the two averages
     eps: float = 1e-8, # added to the divisor, to keep the division finite
+    fused: bool = True, # on CUDA and CPU; False for a loop over the weights
 ) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2017) with GPT-3's settings, fused on CUDA and CPU"
     check_flags(dict(learning_rate=learning_rate, weight_decay=weight_decay), OPTIMIZER_LIMITS)
     groups = param_groups(model, weight_decay)
     if not groups: raise InputError("the model has no parameter that requires a gradient")
 
-    # fused where we test it; elsewhere torch chooses
-    fused = all(p.device.type in ("cuda", "cpu") for g in groups for _, p in g["params"])
+    # fused only where we test it
+    tested = all(p.device.type in ("cuda", "cpu") for g in groups for _, p in g["params"])
+    fused = fused and tested
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 # %% ../nbs/12_optim.ipynb #ec1a4586

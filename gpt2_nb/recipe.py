@@ -85,7 +85,9 @@ class TrainConfig:
 
     # how it is computed
     dtype: Literal["auto", "float32", "tf32", "bfloat16"] = "auto" # bfloat16 means autocast
-    attention: Literal["auto", "flash", "cudnn"] = "auto" # on CUDA; auto lets PyTorch choose
+    attention: Literal["auto", "flash", "cudnn", "math"] = "auto" # kernel; math is the formula
+    chunked_loss: bool = True # compute the loss in chunks, without holding all logits
+    fused_adamw: bool = True # update all weights in one kernel, on CUDA and CPU
     compile: bool = False # compile the training step with torch.compile
     bf16_residual: bool = False # with bfloat16, keep the residual stream in it as well
     grad_checkpoint: bool = False # recompute activations in the backward pass, to save memory

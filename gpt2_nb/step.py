@@ -44,7 +44,7 @@ def train_step(
     autocast=nullcontext, # returns a context for the forward pass
     dist: Dist = Dist(), # this rank; losses and gradients are averaged over all ranks
     extra: Callable | None = None, # maps a batch without y to further arguments of the model
-    loss_fn: Callable = linear_cross_entropy, # or a compiled one, from `compile_step`
+    loss_fn: Callable | None = linear_cross_entropy, # see `GPT`; or from `compile_step`
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean loss, norm before clipping, skipped
     "Accumulate, average, clip and update; with a fused optimizer, this never waits for the device"
     for group in optimizer.param_groups: group["lr"] = lr
@@ -108,14 +108,15 @@ def bf16_hint(
 # %% ../nbs/14_step.ipynb #6c451ae9
 def choose_attention(
     device: torch.device,
-    name: str = "auto", # auto, flash or cudnn
+    name: str = "auto", # auto, flash, cudnn or math
 ):
-    "Allow only the named fast attention on CUDA; on other devices, only check the name"
-    if name not in ("auto", "flash", "cudnn"):
-        raise InputError(f"unknown --attention {name!r}: use auto, flash or cudnn")
-    if device.type != "cuda": return
-    torch.backends.cuda.enable_flash_sdp(name != "cudnn")
-    torch.backends.cuda.enable_cudnn_sdp(name != "flash")
+    "Allow only the named attention; flash and cudnn are CUDA's, and mean auto on other devices"
+    if name not in ("auto", "flash", "cudnn", "math"):
+        raise InputError(f"unknown --attention {name!r}: use auto, flash, cudnn or math")
+    if device.type != "cuda" and name != "math": name = "auto"
+    torch.backends.cuda.enable_flash_sdp(name in ("auto", "flash")) # a CPU obeys this, too
+    torch.backends.cuda.enable_cudnn_sdp(name in ("auto", "cudnn"))
+    torch.backends.cuda.enable_mem_efficient_sdp(name != "math")
 
 # %% ../nbs/14_step.ipynb #4c5f6ec0
 def attention_kernel(
@@ -146,7 +147,7 @@ def evaluate_loss(
     autocast=nullcontext, # returns a context for the forward pass
     dist: Dist = Dist(), # this rank; all ranks share the work
     extra: Callable | None = None, # maps x to further arguments of the model
-    loss_fn: Callable = linear_cross_entropy, # or a compiled one, from `compile_step`
+    loss_fn: Callable | None = linear_cross_entropy, # see `GPT`; or from `compile_step`
 ) -> tuple[float, int]: # nats, and the number of targets
     "Mean loss over every target that counts"
     def batch_loss(x, y):

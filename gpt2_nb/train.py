@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OURS', 'catch_signals', 'Run', 'settle', 'resolve', 'check_identity', 'shared_data', 'saved_data', 'make_model',
-           'open_choices', 'open_run', 'within_documents', 'best_loss', 'validate', 'uncompiled', 'sample', 'hellaswag',
-           'describe', 'check_skips', 'out_of_patience', 'out_of_memory_advice', 'told_to_stop', 'loop', 'train',
-           'finish', 'main']
+           'open_choices', 'make_step', 'open_run', 'within_documents', 'best_loss', 'validate', 'uncompiled', 'sample',
+           'hellaswag', 'describe', 'check_skips', 'out_of_patience', 'out_of_memory_advice', 'told_to_stop', 'loop',
+           'train', 'finish', 'main']
 
 # %% ../nbs/19_train.ipynb #48bf7ec0
 import json
@@ -76,7 +76,7 @@ class Run:
     dist: Dist
     model: GPT
     step_model: nn.Module # what a step calls: `model`, wrapped for several ranks or compiled
-    loss_fn: Callable # computes a step's loss
+    loss_fn: Callable | None # computes a step's loss; see `GPT`
     optimizer: torch.optim.Optimizer
     loader: ShardLoader
     accumulate: int # micro-batches in a step of this rank
@@ -213,6 +213,23 @@ def _write_config(cfg, out, model, resolved, data, step):
                   data=saved_data(data))
     with atomic_write(out/"config.json", "w") as f: json.dump(values, f, indent=1)
 
+# %% ../nbs/19_train.ipynb #bfcd8efe
+def make_step(
+    cfg: TrainConfig, # from `settle`
+    model: GPT, # is changed in place
+    dist: Dist,
+) -> tuple[nn.Module, Callable | None, torch.optim.Optimizer]: # what `train_step` needs
+    "The model that a step calls, its loss function and its optimizer"
+    model.to(dist.device)
+    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block # less memory
+    if cfg.bf16_residual: model.transformer.stream_dtype = torch.bfloat16
+
+    step_model, loss_fn = parallelize(model, dist, cfg.parallel), linear_cross_entropy
+    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, (0.9, cfg.beta2),
+                               fused=cfg.fused_adamw)
+    if cfg.compile: step_model, loss_fn = compile_step(model, step_model, dist)
+    return step_model, loss_fn if cfg.chunked_loss else None, optimizer
+
 # %% ../nbs/19_train.ipynb #d1677b16
 def _assemble(cfg, out, dist, get_data, adapt) -> Run:
     "Find or make every part of a run"
@@ -233,16 +250,11 @@ def _assemble(cfg, out, dist, get_data, adapt) -> Run:
         model = GPT(replace(shape, dropout=cfg.dropout))
     else: model = make_model(cfg, data.tokenizer, start)
     if adapt: adapt(model, cfg)
-    model.to(dist.device)
-    if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block # less memory
-    if cfg.bf16_residual: model.transformer.stream_dtype = torch.bfloat16
     if dist.rank: torch.manual_seed(cfg.seed + dist.rank) # but each rank draws its own dropout
 
-    step_model, loss_fn = parallelize(model, dist, cfg.parallel), linear_cross_entropy
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, betas=(0.9, cfg.beta2))
+    step_model, loss_fn, optimizer = make_step(cfg, model, dist)
     loader = data.loader(micro, dist, cfg.seed)
     step = load_checkpoint(*found, model, optimizer, loader, dist) if found else 0
-    if cfg.compile: step_model, loss_fn = compile_step(model, step_model, dist)
 
     resolved = resolve(cfg, model.cfg, dist, micro, accumulate)
     note = bf16_hint(dist.device, model.num_params()) if asked == "auto" else ""

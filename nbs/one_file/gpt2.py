@@ -209,13 +209,14 @@ def param_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.1,
-                   betas: tuple[float, float] = (0.9, 0.95),
-                   eps: float = 1e-8) -> torch.optim.AdamW:
+                   betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
+                   fused: bool = True) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2017) with GPT-3's settings, fused on CUDA and CPU"
     groups = param_groups(model, weight_decay)
 
-    # fused where we test it; elsewhere torch chooses
-    fused = all(p.device.type in ("cuda", "cpu") for g in groups for _, p in g["params"])
+    # fused only where we test it
+    tested = all(p.device.type in ("cuda", "cpu") for g in groups for _, p in g["params"])
+    fused = fused and tested
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
 
