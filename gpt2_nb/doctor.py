@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'WINDOW', 'LINES', 'Outcome', 'SPIKE', 'RISE', 'DIVERGED', 'BACK', 'FLAT', 'CURVE', 'GROWTH', 'SHRINKAGE',
            'WAIT', 'SLOW', 'LOST', 'FALL', 'ORDER', 'RESTARTS', 'WORSE', 'FIRST', 'LEAK', 'SPAN', 'SHARED', 'GPT2',
-           'HOUSE', 'SMALL', 'LLMC', 'MODDED', 'OURS', 'REFERENCES', 'TOLERANCE', 'CHECKS', 'number', 'is_count',
+           'HOUSE', 'SMALL', 'MODDED', 'EDU', 'OURS', 'LLMC', 'REFERENCES', 'TOLERANCE', 'CHECKS', 'number', 'is_count',
            'columns', 'is_usable', 'History', 'parse_history', 'read_history', 'recent_median', 'noise', 'Finding',
            'NotChecked', 'known', 'groups', 'loss_spikes', 'broken', 'divergence', 'plateau', 'learning_rate',
            'gradient_norms', 'durations', 'waiting_for_data', 'slow_steps', 'falling_speed', 'restarts',
-           'skipped_steps', 'overfitting', 'vocabulary', 'first_loss', 'leak', 'window_hashes', 'shared_windows',
-           'shards_of', 'overlap', 'Reference', 'matching', 'reference', 'Report', 'examine', 'in_words',
-           'DoctorConfig', 'main']
+           'skipped_steps', 'overfitting', 'vocabulary', 'logit_variance', 'first_loss', 'leak', 'window_hashes',
+           'shared_windows', 'shards_of', 'overlap', 'Reference', 'matching', 'reference', 'Report', 'examine',
+           'in_words', 'DoctorConfig', 'main']
 
 # %% ../nbs/24_doctor.ipynb #4cf33b50
 import json
@@ -46,7 +46,10 @@ def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 # %% ../nbs/24_doctor.ipynb #76c38c85
-def columns(lines: list[dict], kind: str) -> dict[str, np.ndarray]: # `step` and the fields, (n,) each
+def columns(
+    lines: list[dict], # of a log
+    kind: str, # train or val
+) -> dict[str, np.ndarray]: # `step` and the fields, (n,) each
     "The numbers of all lines of a kind, by step"
     newest = {line["step"]: line for line in lines if line["kind"] == kind}
     ours = [newest[step] for step in sorted(newest)]
@@ -111,6 +114,7 @@ def parse_history(
 
     starts = [line for line in good if line["kind"] in ("config", "resume")]
     openings = [(line.get("step", 0), line["config"]) for line in starts]
+    openings.sort(key=lambda opening: opening[0])
     return History(good, openings, columns(good, "train"), columns(good, "val"), unread, folder)
 
 
@@ -167,7 +171,7 @@ class Finding:
     advice: str # one sentence
     check: str = "" # the name of the check
 
-
+# %% ../nbs/24_doctor.ipynb #56aa6e90
 class NotChecked(Exception):
     "The log does not allow this check; the message is the reason"
 
@@ -183,12 +187,16 @@ def known(
     "The lines in which all these fields are finite; `NotChecked` if they are too few"
     ok = np.logical_and.reduce([np.isfinite(part[name]) for name in names])
     if ok.sum() < least:
-        raise NotChecked(f"too few lines with {' and '.join(names)}: {ok.sum()}, and {least} are needed")
+        what = " and ".join(names)
+        raise NotChecked(f"too few lines with {what}: {ok.sum()}, and {least} are needed")
     return tuple(part[name][ok] for name in ("step", *names))
 
 # %% ../nbs/24_doctor.ipynb #b6cf3de2
-def groups(flags: np.ndarray, apart: int = 3) -> list[tuple[int, int]]: # first and last index of each
-    "Flagged places; those at most `apart` from each other form one group"
+def groups(
+    flags: np.ndarray, # (n,) bool
+    apart: int = 3, # the largest distance within a group
+) -> list[tuple[int, int]]: # first and last index of each
+    "The groups of flagged places"
     found = []
     for i in np.flatnonzero(flags).tolist():
         if found and i - found[-1][1] <= apart: found[-1] = (found[-1][0], i)
@@ -214,9 +222,10 @@ def loss_spikes(h: History) -> Outcome:
     places = ", ".join(f"{step[a + 1]:,}" for a, _ in found[:5]) + ", ..." * (len(found) > 5)
     text = (f"{len(found)} spike{'s' * (len(found) > 1)} (step {places}), up to a loss of "
             f"{loss[top + 1]:.2f}, {score[top]:.0f} standard deviations above {level[top]:.2f}")
-    normal = f"at most {SPIKE} standard deviations or {RISE:.0%} above the window before"
-    return [Finding(int(step[found[0][0] + 1]), text, normal, "a single spike that recovers does no "
-                    "harm; if they come again, lower --learning_rate or lengthen the warm-up")], ""
+    normal = f"at most {SPIKE} standard deviations, or {RISE:.0%}, above the window before"
+    advice = ("a single spike that recovers does no harm; if they come again, lower "
+              "--learning_rate or lengthen the warm-up")
+    return [Finding(int(step[found[0][0] + 1]), text, normal, advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #3b08b457
 DIVERGED = 0.10 # of the best level; healthy logs end at most 0.02 above it
@@ -243,10 +252,10 @@ def divergence(h: History) -> Outcome:
     level, scale = recent_median(step, loss, few), noise(step, loss, few)
     best = few - 1 + int(level[few - 1:].argmin())
     if step[0] == 1 and loss[0] < level[best]: best = 0 # it has never been better than at the start
-    rise = level[-1] - level[best]
+    rise, lowest = level[-1] - level[best], max(level[best], 1e-9)
     doubt = 8 * scale[best] / math.sqrt(few) if best else 0
-    if rise <= max(DIVERGED * level[best], doubt):
-        return [], f"the level ends {rise / level[best]:.1%} above its best"
+    if rise <= max(DIVERGED * lowest, doubt):
+        return [], f"the level ends {rise / lowest:.1%} above its best"
 
     low = np.flatnonzero(level <= (1 + DIVERGED) * level[best])[-1]
     text = (f"the level rose from {level[best]:.2f} at step {step[best]:,} to {level[-1]:.2f} at "
@@ -269,6 +278,7 @@ def plateau(h: History) -> Outcome:
     early, late = np.median(loss[:third]), np.median(loss[-third:])
 
     # a median of n values is 1.25 times as uncertain as their mean
+    late = max(late, 1e-9)
     error = 1.25 * math.sqrt(2 / third) * np.median(noise(step, loss)) / late
     if error > 1.5 * FLAT:
         raise NotChecked(f"the noise is too large, ±{error:.1%}; a smaller --log_interval helps")
@@ -286,7 +296,8 @@ CURVE = "max_iters learning_rate warmup_iters min_lr schedule".split() # the arg
 def learning_rate(h: History) -> Outcome:
     "A learning rate that is not the one of the configuration"
     step, lr = known(h.train, "lr", least=1)
-    plans = [(s, [config[name] for name in CURVE]) for s, config in h.openings if set(CURVE) <= config.keys()]
+    complete = [(s, config) for s, config in h.openings if set(CURVE) <= config.keys()]
+    plans = [(s, [config[name] for name in CURVE]) for s, config in complete]
     if not plans: raise NotChecked("the log has no configuration of a schedule")
     start = np.searchsorted([s for s, _ in plans], step, side="left") - 1
     try: plan = np.array([lr_at(int(s) - 1, *plans[max(i, 0)][1]) for s, i in zip(step, start)])
@@ -299,8 +310,8 @@ def learning_rate(h: History) -> Outcome:
     worst = int(off.argmax())
     text = (f"{wrong.sum()} of {len(lr)} lines are off the schedule; at step {step[worst]:,} the "
             f"learning rate was {lr[worst]:.3g}, not {plan[worst]:.3g}")
-    return [Finding(int(step[wrong.argmax()]), text, "within 0.1% of the schedule",
-                    "find out what else sets the learning rate, or which configuration was used")], ""
+    advice = "find out what else sets the learning rate, or which configuration was used"
+    return [Finding(int(step[wrong.argmax()]), text, "within 0.1% of the schedule", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #cccf80dd
 GROWTH = 3 # times the lowest level; healthy logs reach 1.7
@@ -342,7 +353,7 @@ def durations(h: History) -> tuple[np.ndarray, ...]: # (n,) each
     return tuple(x[warm] for x in (step, tokens / np.maximum(rate, 1e-9), n, start))
 
 # %% ../nbs/24_doctor.ipynb #377e6cac
-WAIT = 0.10 # of the time; healthy runs wait for less than 0.01
+WAIT = 0.10 # of the time; healthy runs wait for about 0.01 at most
 
 
 def waiting_for_data(h: History) -> Outcome:
@@ -355,10 +366,10 @@ def waiting_for_data(h: History) -> Outcome:
     step, level = step[ok][LINES - 1:], recent_median(step[ok], share[ok])[LINES - 1:]
     high, worst = level > WAIT, int(level.argmax())
     if not high.any(): return [], f"at most {level[worst]:.1%} of the time"
-    text = (f"steps waited for up to {level[worst]:.0%} of their time (step {step[worst]:,}), and for "
-            f"over {WAIT:.0%} in {high.mean():.0%} of the run")
-    return [Finding(int(step[high.argmax()]), text, f"at most {WAIT:.0%}",
-                    "read from a local disk, and see what else uses the disk and the CPU")], ""
+    text = (f"steps waited for up to {level[worst]:.0%} of their time (step {step[worst]:,}), "
+            f"and for over {WAIT:.0%} in {high.mean():.0%} of the run")
+    advice = "read from a local disk, and see what else uses the disk and the CPU"
+    return [Finding(int(step[high.argmax()]), text, f"at most {WAIT:.0%}", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #341be09d
 SLOW = 3 # times the median duration
@@ -375,13 +386,13 @@ def slow_steps(h: History) -> Outcome:
     if lost <= LOST or tenths <= 5: # busy neighbours are not a fault of the run
         return [], f"slow steps cost {lost:.1%} of the time, in {tenths} tenths of the run"
     worst = int(seconds.argmax())
-    text = (f"{slow.sum()} of {len(slow)} lines, in {tenths} tenths of the run, took over {SLOW} times "
-            f"the usual {usual:.3g} s per step (step {step[worst]:,}: {seconds[worst]:.3g} s); that "
-            f"cost {lost:.0%} of the time")
-    return [Finding(int(step[slow.argmax()]), text, f"at most {LOST:.0%}", "see what happens at those "
-                    "steps: another program, the disk, a device that is too hot")], ""
+    text = (f"{slow.sum()} of {len(slow)} lines, in {tenths} tenths of the run, took over {SLOW} "
+            f"times the usual {usual:.3g} s per step (step {step[worst]:,}: {seconds[worst]:.3g} s); "
+            f"that cost {lost:.0%} of the time")
+    advice = "see what happens at those steps: another program, the disk, a device that is too hot"
+    return [Finding(int(step[slow.argmax()]), text, f"at most {LOST:.0%}", advice)], ""
 
-
+# %% ../nbs/24_doctor.ipynb #879c1737
 FALL = 0.20 # between the first and the last tenth of a start ...
 ORDER = -0.8 # ... with this Kendall's tau; on busy machines we have seen -0.69
 
@@ -395,11 +406,12 @@ def falling_speed(h: History) -> Outcome:
     tenths = np.array([np.median(part) for part in np.array_split(rate, 10)])
     tau = np.sign(tenths[None] - tenths[:, None])[np.triu_indices(10, 1)].mean()
     change = tenths[-1] / tenths[0] - 1
-    text = f"the speed changed by {change:+.0%} between the first and last tenth, with τ = {tau:+.2f}"
+    text = f"from the first to the last tenth, the speed changed by {change:+.0%}, with τ = {tau:+.2f}"
     if change > -FALL or tau > ORDER: return [], text
     first = int((tenths < (1 - FALL) * tenths[0]).argmax())
-    return [Finding(int(step[first * len(step) // 10]), text, f"at most -{FALL:.0%} in a steady fall",
-                    "look for memory that is not freed, and for a device that is too hot")], ""
+    advice = "look for memory that is not freed, and for a device that is too hot"
+    normal = f"at most -{FALL:.0%} in a steady fall"
+    return [Finding(int(step[first * len(step) // 10]), text, normal, advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #35fcf271
 RESTARTS = 3 # a machine may be restarted once or twice
@@ -413,30 +425,32 @@ def restarts(h: History) -> Outcome:
     again = max([step for step, _ in h.openings if step], back, key=len)
     found, every = [], number(h.config.get("log_interval"))
     if len(again) >= RESTARTS:
-        places = ", ".join(f"{step:,}" for step in again[:5])
-        found.append(Finding(again[0], f"{len(again)} restarts, at steps {places}", f"fewer than {RESTARTS}",
-                             "find out why it stops; a smaller --save_interval loses less work"))
+        text = f"{len(again)} restarts, at steps {', '.join(f'{step:,}' for step in again[:5])}"
+        advice = "find out why it stops; a smaller --save_interval loses less work"
+        found.append(Finding(again[0], text, f"fewer than {RESTARTS}", advice))
 
     marks = np.unique(marks)
     gaps = np.flatnonzero(np.diff(marks) > 3 * every) # no number is above NaN
     if len(gaps) and not any("damaged" in what for what in h.unread):
         a, b = marks[gaps[0]], marks[gaps[0] + 1]
-        found.append(Finding(int(a), f"{len(gaps)} gaps, the first between steps {a:,} and {b:,}",
-                             f"a line every {every:.0f} steps", "lines were lost: check the disk, and "
-                             "whether another program writes to this log"))
-    return found, f"{len(again)} so far"
+        text = f"lines are missing in {len(gaps)} places, first between steps {a:,} and {b:,}"
+        advice = "check the disk, and whether another program writes to this log"
+        found.append(Finding(int(a), text, f"a line every {every:.0f} steps", advice))
+    return found, f"{len(again)} restarts, no gap"
 
 
 def skipped_steps(h: History) -> Outcome:
     "Steps that were not applied, because their loss or gradient was not finite"
     skips = [line for line in h.lines if line["kind"] == "skip"]
     if not skips: return [], "none"
-    text = f"{len(skips)} of {max(h.last, 1):,} steps were skipped, the first with {str(skips[0].get('reason'))[:99]}"
-    return [Finding(skips[0]["step"], text, "none", "look at the batch of that step; if it comes again, "
-                    "lower --learning_rate or compute in float32")], ""
+    reason = str(skips[0].get("reason"))[:99]
+    text = f"{len(skips)} of {max(h.last, 1):,} steps were skipped, the first with {reason}"
+    advice = ("look at the batch of that step; if it comes again, lower --learning_rate or compute "
+              "in float32")
+    return [Finding(skips[0]["step"], text, "none", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #0b583db3
-WORSE = 0.02 # of the best validation loss
+WORSE = 0.02 # of the best validation loss; healthy runs end at most 0.001 above it
 
 
 def overfitting(h: History) -> Outcome:
@@ -450,8 +464,9 @@ def overfitting(h: History) -> Outcome:
     then = level[max(np.searchsorted(step, at[best], side="right") - 1, 0)]
     if rise <= WORSE or level[-1] >= then: return [], text
     text += f", while training fell from {then:.3f} to {level[-1]:.3f}"
-    return [Finding(int(at[best]), text, f"at most {WORSE:.0%}", "use the best checkpoint, stop earlier "
-                    "(--patience), train on more text, or add --dropout")], ""
+    advice = ("use the best checkpoint, stop earlier (--patience), train on more text, or add "
+              "--dropout")
+    return [Finding(int(at[best]), text, f"at most {WORSE:.0%}", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #4e1d0dd2
 FIRST = 0.3 # nats; the first losses of our runs and of llm.c are within 0.04 of the expectation
@@ -467,17 +482,27 @@ def vocabulary(h: History) -> int:
     return size
 
 
+def logit_variance(
+    config: dict, # of a new model
+) -> float:
+    "The variance of a new model's logits; 0 if the configuration does not tell it"
+    width, std = number(config.get("n_embd")), number(config.get("init_std", 0.02))
+    if not (width > 0 and std >= 0): return 0.0
+    return width * (std or 0.02 * math.sqrt(768 / width)) ** 2
+
+
 def first_loss(h: History) -> Outcome:
     "A first loss that is not that of a guess among all ids"
     if h.pretrained: raise NotChecked("the run began with trained weights")
     step, loss = known(h.train, "loss", least=1)
     if step[0] != 1: raise NotChecked(f"the log begins at step {step[0]:,}")
-    ids, wide = vocabulary(h), number(h.config.get("n_embd"))
-    expected = math.log(ids) + (wide * 0.02**2 / 2 if wide > 0 else 0)
+    ids = vocabulary(h)
+    expected = math.log(ids) + logit_variance(h.openings[0][1]) / 2
     text = f"{loss[0]:.3f}, where a guess among {ids:,} ids costs {expected:.3f}"
     if abs(loss[0] - expected) <= FIRST: return [], text
     advice = "check the initialisation and the targets"
-    if loss[0] < expected: advice = "check that the inputs do not hold the targets, and where the weights are from"
+    if loss[0] < expected:
+        advice = "check that the inputs do not hold the targets, and where the weights are from"
     return [Finding(1, text, f"within {FIRST}", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #25751008
@@ -486,13 +511,13 @@ LEAK = 0.6 # bits per byte: Shannon's lower bound for English; the best publishe
 
 def leak(h: History) -> Outcome:
     "A validation loss below what a text allows"
-    if h.pretrained: raise NotChecked("trained weights may know the text, and the form of an answer can "
-                                      "be easy to predict")
+    if h.pretrained: raise NotChecked("trained weights may know the text, or its form")
     at, bits = known(h.val, "bits_per_byte", least=1)
     text = f"the lowest validation is {bits.min():.2f} bits per byte, at step {at[bits.argmin()]:,}"
     if bits.min() >= LEAK: return [], text
-    return [Finding(int(at[(bits < LEAK).argmax()]), text, f"at least {LEAK} for prose", "unless the text "
-                    "repeats itself, check the mask, the targets, and the validation part")], ""
+    first = int(at[(bits < LEAK).argmax()])
+    advice = "unless the text repeats itself, check the mask, the targets, and the validation part"
+    return [Finding(first, text, f"at least {LEAK} for prose", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #aa1b43ca
 SPAN = 64 # tokens in a window; a power of two
@@ -542,7 +567,7 @@ def shards_of(
         raise NotChecked(f"{found} does not hold the data of this run")
     return found
 
-
+# %% ../nbs/24_doctor.ipynb #0bc19245
 def overlap(
     h: History,
     data: str = "", # a folder or name of its shards; empty for those that the run names
@@ -550,13 +575,15 @@ def overlap(
 ) -> Outcome:
     "A validation part that also occurs in the training part"
     folder = shards_of(h, data)
-    train, val = ([read_shard(file) for file in list_shards(folder, split)] for split in ("train", "val"))
+    files = [list_shards(folder, split) for split in ("train", "val")]
+    train, val = ([read_shard(file) for file in part] for part in files)
     used = h.config.get("val_tokens")
     ids = np.concatenate([np.zeros(0, np.uint16), *val])
     if is_count(used) and used: ids = ids[:used + 1]
     if len(ids) < LINES * SPAN: raise NotChecked(f"the validation part has only {len(ids)} tokens")
     share, searched = shared_windows(train, ids, most)
-    text = f"{share:.1%} of the validation windows of {SPAN} tokens occur in {searched:,} training tokens"
+    text = (f"{share:.1%} of the validation windows of {SPAN} tokens occur in {searched:,} training "
+            "tokens")
     if share <= SHARED: return [], text
     return [Finding(None, text, f"at most {SHARED:.0%}",
                     "prepare the data again, with a validation part of its own")], ""
@@ -570,29 +597,34 @@ class Reference:
     model: tuple[int, ...] # n_layer, n_head, n_embd, block_size
     data: tuple[str, ...] # names of the data set
     vocab: int | str # ids of the tokenizer that the run trained, or gpt2
+    batch: int # tokens in a step
     measure: str # loss (nats per token) or bits_per_byte
     points: dict[int, float] # tokens -> value, ascending
 
 
 GPT2, HOUSE, SMALL = (12, 12, 768, 1024), (4, 4, 256, 128), (2, 4, 128, 64)
-LLMC = {250: 6.1710, 500: 5.3743, 1000: 4.3170, 2000: 3.8585, 3000: 3.6973, 4000: 3.6176, 6000: 3.5069,
-        8000: 3.4431, 10_000: 3.3924, 12_000: 3.3509, 14_000: 3.3149, 16_000: 3.2882, 18_000: 3.2746,
-        19_560: 3.2722} # step -> loss
 MODDED = "https://github.com/KellerJordan/modded-nanogpt/blob/master/records/track_1_short"
+EDU = "https://huggingface.co/bardiaegz/gpt2-124m-fineweb and https://github.com/anw-g01/gpt2_124m"
 OURS = "https://github.com/gpt2-nb/gpt2_nb/blob/main/nbs/runs"
+LLMC = {250: 6.1710, 500: 5.3743, 1000: 4.3170, 2000: 3.8585, 3000: 3.6973, 4000: 3.6176,
+        6000: 3.5069, 8000: 3.4431, 10_000: 3.3924, 12_000: 3.3509, 14_000: 3.3149,
+        16_000: 3.2882, 18_000: 3.2746, 19_560: 3.2722} # step -> loss
 REFERENCES = [
-    Reference("llm.c on FineWeb", f"{MODDED}/2024-10-13_llmc/main.log", GPT2, ("fineweb", "fineweb10B-gpt2"),
-              "gpt2", "loss", {step * 524_288: loss for step, loss in LLMC.items()}),
-    Reference("two runs on FineWeb-Edu", "https://huggingface.co/bardiaegz/gpt2-124m-fineweb and "
-              "https://github.com/anw-g01/gpt2_124m", GPT2, ("fineweb-edu", "finewebedu10B-gpt2"), "gpt2",
-              "loss", {7_300_000_000: 3.0771, 9_882_828_800: 3.04}),
+    Reference("llm.c on FineWeb", f"{MODDED}/2024-10-13_llmc/main.log", GPT2,
+              ("fineweb", "fineweb10B-gpt2"), "gpt2", 524_288, "loss",
+              {step * 524_288: loss for step, loss in LLMC.items()}),
+    Reference("two runs on FineWeb-Edu", EDU, GPT2, ("fineweb-edu", "finewebedu10B-gpt2"), "gpt2",
+              524_288, "loss", {7_300_000_000: 3.0771, 9_882_828_800: 3.04}),
     Reference("our default run", f"{OURS}/doctor/default.jsonl", SMALL, ("shakespeare",), 1024,
-              "bits_per_byte", {409_600: 2.636, 819_200: 2.468, 1_228_800: 2.364, 1_638_400: 2.307}),
+              1024, "bits_per_byte",
+              {409_600: 2.553, 819_200: 2.385, 1_228_800: 2.294, 1_638_400: 2.236}),
     Reference("our default on tinyshakespeare", f"{OURS}/headline/default.jsonl", SMALL,
-              ("tinyshakespeare.txt",), 1024, "bits_per_byte",
+              ("tinyshakespeare.txt",), 1024, 1024, "bits_per_byte",
               {409_600: 2.609, 819_200: 2.439, 1_228_800: 2.332, 1_638_400: 2.266}),
-    Reference("our house model", f"{OURS}/plays.jsonl", HOUSE, ("shakespeare",), 2048, "bits_per_byte",
-              {1_024_000: 2.349, 2_048_000: 2.203, 4_096_000: 2.093, 6_144_000: 2.023, 8_192_000: 2.000}),
+    Reference("our house model", f"{OURS}/plays.jsonl", HOUSE, ("shakespeare",), 2048,
+              2048, "bits_per_byte",
+              {1_024_000: 2.349, 2_048_000: 2.203, 4_096_000: 2.093, 6_144_000: 2.023,
+               8_192_000: 2.000}),
 ]
 
 # %% ../nbs/24_doctor.ipynb #acecd6f2
@@ -601,17 +633,20 @@ TOLERANCE = 0.05 # above the reference; twice that below it
 
 def matching(h: History) -> Reference:
     "The reference for the model, data and tokenizer of a run"
-    if h.pretrained: raise NotChecked("there is no reference for a run that began with trained weights")
+    if h.pretrained: raise NotChecked("no reference began with trained weights")
     config = h.config
     model = tuple(config.get(name) for name in ("n_layer", "n_head", "n_embd", "block_size"))
     tokenizer = config.get("tokenizer")
     vocab = config.get("vocab_size") if tokenizer == "train" else tokenizer
     data = str(config.get("data")).rstrip("/").rpartition("/")[2]
-    for curve in REFERENCES:
-        if (curve.model, curve.vocab) == (model, vocab) and data in curve.data: return curve
-    raise NotChecked(f"there is no reference for this model on {data} with this tokenizer")
+    same = [r for r in REFERENCES if (r.model, r.vocab) == (model, vocab) and data in r.data]
+    if not same: raise NotChecked(f"there is no reference for this model on {data} with this tokenizer")
+    batch = number(config.get("total_batch_size"))
+    if not same[0].batch / 2 <= batch <= same[0].batch * 2:
+        raise NotChecked(f"the reference's steps have {same[0].batch:,} tokens, this run's {batch:,.0f}")
+    return same[0]
 
-
+# %% ../nbs/24_doctor.ipynb #c88b4967
 def reference(h: History) -> Outcome:
     "How the validation loss compares with a reference at the same tokens"
     curve = matching(h)
@@ -619,8 +654,9 @@ def reference(h: History) -> Outcome:
     tokens = at * number(h.config.get("total_batch_size"))
     x, y = (np.array(list(part)) for part in (curve.points.keys(), curve.points.values()))
     inside = np.flatnonzero((tokens >= x[0]) & (tokens <= x[-1]))
-    if not len(inside): raise NotChecked(f"{curve.name} has points from {x[0]:.3g} to {x[-1]:.3g} tokens, "
-                                         "and this log has no validation there")
+    if not len(inside):
+        raise NotChecked(f"{curve.name} has points from {x[0]:.3g} to {x[-1]:.3g} tokens, and this "
+                         "log has no validation there")
     i = inside[-1]
     usual = float(np.interp(math.log(tokens[i]), np.log(x), y))
     off, unit = value[i] / usual - 1, "nats" if curve.measure == "loss" else "bits per byte"
@@ -632,8 +668,9 @@ def reference(h: History) -> Outcome:
     return [Finding(int(at[i]), text, f"from -{2 * TOLERANCE:.0%} to +{TOLERANCE:.0%}", advice)], ""
 
 # %% ../nbs/24_doctor.ipynb #fc1dc846
-CHECKS = [loss_spikes, divergence, plateau, learning_rate, gradient_norms, waiting_for_data, slow_steps,
-          falling_speed, restarts, skipped_steps, overfitting, first_loss, leak, overlap, reference]
+CHECKS = [loss_spikes, divergence, plateau, learning_rate, gradient_norms, waiting_for_data,
+          slow_steps, falling_speed, restarts, skipped_steps, overfitting, first_loss, leak, overlap,
+          reference]
 
 
 @dataclass
@@ -693,7 +730,8 @@ def main(**flags) -> int: # 3 if there are findings, else 0
     cfg = DoctorConfig(**flags)
     if not cfg.run: raise InputError("which run? gpt2_doctor RUN, a folder or a log.jsonl")
     check_flags(vars(cfg), dict(overlap_tokens=Limit(low=1)))
-    if cfg.data and not find_shards(cfg.data): raise InputError(f"--data {cfg.data}: no shards there")
+    if cfg.data and not find_shards(cfg.data):
+        raise InputError(f"--data {cfg.data}: no shards there")
     report = examine(read_history(cfg.run), cfg.run, data=cfg.data, most=cfg.overlap_tokens)
     print(json.dumps(asdict(report)) if cfg.json else in_words(report))
     return 3 if report.findings else 0
