@@ -595,4 +595,30 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
+    "24_doctor": [
+        (
+            "first-line-counts",
+            "of two lines with the same step, the earlier one counts",
+            "for line in lines if line[\"kind\"] == kind}",
+            "for line in reversed(lines) if line[\"kind\"] == kind}",
+        ),
+        (
+            "old-init",
+            "every run is expected to have begun with a standard deviation of 0.02",
+            "(std or 0.02 * math.sqrt(768 / width)) ** 2",
+            "0.02 ** 2",
+        ),
+        (
+            "busy-machine",
+            "one slow moment of a machine counts as slow steps",
+            "if lost <= LOST or tenths <= 5:",
+            "if lost <= LOST:",
+        ),
+        (
+            "unordered-hash",
+            "windows with the same ids in another order have the same hash",
+            "x[:-k] * np.uint64(power) + x[k:]",
+            "x[:-k] + x[k:]",
+        ),
+    ],
 }
