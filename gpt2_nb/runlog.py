@@ -61,8 +61,7 @@ def read_log(
 ) -> list[dict]:
     "The lines of a log, without a last one that was cut off; damaged lines are skipped and reported"
     found, damaged = parse_log(path.read_bytes())
-    for number in damaged:
-        print(f"{path}: line {number} is damaged and was skipped", file=sys.stderr)
+    for n in damaged: print(f"{path}: line {n} is damaged and was skipped", file=sys.stderr)
     return found
 
 # %% ../nbs/17_runlog.ipynb #7965128f
