@@ -595,6 +595,7 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
+<<<<<<< /tmp/tmp0w0q57_g/a
     "23_ladder": [
         (
             "other-tokens",
@@ -631,6 +632,32 @@ MUTANTS = {
             "a ladder that was killed begins again at its lowest rung",
             'done = {line["name"]: line for line in before if line["kind"] == "rung"}',
             "done = {}",
+=======
+    "24_doctor": [
+        (
+            "first-line-counts",
+            "of two lines with the same step, the earlier one counts",
+            "for line in lines if line[\"kind\"] == kind}",
+            "for line in reversed(lines) if line[\"kind\"] == kind}",
+        ),
+        (
+            "old-init",
+            "every run is expected to have begun with a standard deviation of 0.02",
+            "(std or 0.02 * math.sqrt(768 / width)) ** 2",
+            "0.02 ** 2",
+        ),
+        (
+            "busy-machine",
+            "one slow moment of a machine counts as slow steps",
+            "if lost <= LOST or tenths <= 5:",
+            "if lost <= LOST:",
+        ),
+        (
+            "unordered-hash",
+            "windows with the same ids in another order have the same hash",
+            "x[:-k] * np.uint64(power) + x[k:]",
+            "x[:-k] + x[k:]",
+>>>>>>> /tmp/tmp0w0q57_g/c
         ),
     ],
 }
