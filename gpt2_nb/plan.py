@@ -7,10 +7,10 @@ __all__ = ['MEASURED_MFU', 'HOFFMANN', 'BESIROGLU', 'MIDDLE', 'OWN', 'PLAN_LIMIT
            'step_memory', 'peak_moment', 'cache_bytes', 'communication', 'step_seconds', 'product_speed', 'timed_steps',
            'measured_speed', 'Law', 'law_loss', 'optimal_tokens', 'PlanConfig', 'plan_config', 'named_accelerator',
            'this_machine', 'settle_plan', 'run_cost', 'reached_speed', 'predicted_losses', 'resident_bytes',
-           'plan_device', 'plan', 'nice_time', 'memory_table', 'report', 'family_member', 'fit_plan', 'command_line',
-           'fit_checked', 'main']
+           'plan_device', 'plan', 'nice_time', 'memory_table', 'cost_lines', 'loss_lines', 'report', 'family_member',
+           'fit_plan', 'command_line', 'fit_checked', 'main']
 
-# %% ../nbs/22_plan.ipynb #b971cb5e
+# %% ../nbs/22_plan.ipynb #f9691983
 import json
 import math
 import os
@@ -31,7 +31,7 @@ from .step import (ACCELERATORS, Accelerator, compile_step, dtype_name, find_acc
                           precision, train_step)
 from .recipe import PRESETS, TrainConfig, fit_batch, make_config, model_config, share_out
 
-# %% ../nbs/22_plan.ipynb #d0a4b300
+# %% ../nbs/22_plan.ipynb #f2389c88
 def flops_by_kind(
     shape: GPTConfig,
     T: int, # tokens in a sequence
@@ -43,7 +43,7 @@ def flops_by_kind(
     return dict(blocks=72 * L * C * C, head=6 * shape.vocab_rows * C, attention=12 * L * C * T,
                 recomputed=again if checkpointed else 0)
 
-# %% ../nbs/22_plan.ipynb #df5f3c26
+# %% ../nbs/22_plan.ipynb #9ae43d17
 def kept_per_token(
     cfg: TrainConfig, # its `dtype` must not be auto
     shape: GPTConfig,
@@ -62,7 +62,7 @@ def kept_per_token(
         whole += more * (1 if cfg.grad_checkpoint else shape.n_layer)
     return whole - block * cfg.grad_checkpoint, block # checkpointed blocks keep only their input
 
-# %% ../nbs/22_plan.ipynb #318ea9fb
+# %% ../nbs/22_plan.ipynb #f87fa8c7
 def step_memory(
     cfg: TrainConfig, # its `dtype` must not be auto
     shape: GPTConfig,
@@ -101,7 +101,7 @@ def peak_moment(
     name = max(totals, key=totals.get)
     return name, totals[name]
 
-# %% ../nbs/22_plan.ipynb #4cd8e589
+# %% ../nbs/22_plan.ipynb #63cefac4
 def cache_bytes(
     shape: GPTConfig,
     sequences: int = 1, # that grow together
@@ -110,10 +110,10 @@ def cache_bytes(
     "The keys and values of full windows in generation"
     return 2 * shape.n_layer * shape.block_size * shape.n_embd * sequences * number
 
-# %% ../nbs/22_plan.ipynb #cd4bdde1
+# %% ../nbs/22_plan.ipynb #52b55c8e
 MEASURED_MFU = {True: 0.43, False: 0.29} # compiled, or eager: the 124M model on one H100
 
-# %% ../nbs/22_plan.ipynb #837be2b7
+# %% ../nbs/22_plan.ipynb #f3d00d68
 def communication(
     cfg: TrainConfig, # its `parallel` is used
     shape: GPTConfig,
@@ -129,7 +129,7 @@ def communication(
     if cfg.parallel == "fsdp": busy, hidden = (2 * accumulate + 1) * once, accumulate * micro_s
     return busy, max(0.0, busy - hidden)
 
-# %% ../nbs/22_plan.ipynb #4b746cc5
+# %% ../nbs/22_plan.ipynb #ae341b7a
 def step_seconds(
     cfg: TrainConfig, # settled: `batch_size` is the micro-batch
     shape: GPTConfig,
@@ -146,7 +146,7 @@ def step_seconds(
     tokens = micro * accumulate * cfg.block_size * ranks
     return dict(step_s=step_s, communication_s=busy, exposed_s=exposed, tokens_per_s=tokens / step_s)
 
-# %% ../nbs/22_plan.ipynb #8a10f3ec
+# %% ../nbs/22_plan.ipynb #0d9e55c0
 def product_speed(
     device: torch.device,
     seconds: float = 0.5, # to spend
@@ -163,7 +163,7 @@ def product_speed(
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
-# %% ../nbs/22_plan.ipynb #467c077f
+# %% ../nbs/22_plan.ipynb #690a6da5
 def timed_steps(
     cfg: TrainConfig, # settled: `batch_size` is the micro-batch; `dtype` is not auto
     shape: GPTConfig,
@@ -200,7 +200,7 @@ def timed_steps(
         updates.append(update())
     return median(times), median(updates)
 
-# %% ../nbs/22_plan.ipynb #9fdbb289
+# %% ../nbs/22_plan.ipynb #b5d0e915
 def measured_speed(
     cfg: TrainConfig, # settled: `batch_size` is the micro-batch; `dtype` is not auto
     shape: GPTConfig,
@@ -219,7 +219,7 @@ def measured_speed(
     whole_s = accumulate * max(step_s - update_s, 0.1 * step_s) / part + update_s
     return accumulate * micro * cfg.block_size * each / whole_s
 
-# %% ../nbs/22_plan.ipynb #f40959aa
+# %% ../nbs/22_plan.ipynb #adb7a5c8
 @dataclass(frozen=True)
 class Law:
     "A scaling law, L = E + A / N**alpha + B / D**beta, in nats per token"
@@ -239,7 +239,7 @@ HOFFMANN = Law("Hoffmann et al.", "arxiv.org/abs/2203.15556", 1.69, 406.4, 0.34,
 BESIROGLU = Law("Besiroglu et al.", "arxiv.org/abs/2404.10102", 1.8172, 482.01, 0.3478, 2085.43, 0.3658,
                 E_error=0.03, alpha_error=0.02, beta_error=0.02)
 
-# %% ../nbs/22_plan.ipynb #c710fa24
+# %% ../nbs/22_plan.ipynb #5fbe9c28
 MIDDLE = (70e6 * 16e9)**0.5, (5e9 * 500e9)**0.5 # parameters and tokens, of Chinchilla's runs
 
 
@@ -262,7 +262,7 @@ def optimal_tokens(
     "For how many tokens N is the best size of a model, given the compute that both take"
     return (law.beta * law.B / (law.alpha * law.A) * N**law.alpha)**(1 / law.beta)
 
-# %% ../nbs/22_plan.ipynb #31fa5ca4
+# %% ../nbs/22_plan.ipynb #0e67eeec
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     "Predict a training run: all flags of gpt2_train, and a few more."
@@ -292,7 +292,7 @@ def plan_config(
         raise InputError("--tokens and --max_iters both set the length of the run: give one of them")
     return PlanConfig(**asdict(make_config(**given)), **own)
 
-# %% ../nbs/22_plan.ipynb #c3a2c412
+# %% ../nbs/22_plan.ipynb #8c6e440d
 def named_accelerator(
     name: str, # in any spelling, with or without the maker's prefix
 ) -> Accelerator:
@@ -314,7 +314,7 @@ def this_machine(
     bf16 = dtype_name(device) == "bfloat16"
     return Accelerator(device.type, product_speed(device), memory, 0, 0, 0, "measured on the spot", bf16)
 
-# %% ../nbs/22_plan.ipynb #364685e1
+# %% ../nbs/22_plan.ipynb #f7f91d92
 def settle_plan(
     cfg: PlanConfig,
     a: Accelerator,
@@ -334,7 +334,7 @@ def settle_plan(
     steps = math.ceil(cfg.tokens / total) if cfg.tokens else cfg.max_iters
     return replace(cfg, batch_size=micro, total_batch_size=total, max_iters=steps), shape
 
-# %% ../nbs/22_plan.ipynb #a648306c
+# %% ../nbs/22_plan.ipynb #8c11e9fb
 PRICES = { # dollars per GPU and hour, from bills that were published with a run
     "H100": (3.50, "July 2024, github.com/karpathy/llm.c/discussions/677"), # 672 for 24 hours of 8
     "A100": (1.60, "May 2024, github.com/karpathy/llm.c/discussions/481")} # 20 for 94 minutes of 8
@@ -357,7 +357,7 @@ def run_cost(
     return dict(train_s=train_s, val_s=val_s, hours=hours, dollars=dollars, price=price,
                 price_source=source, kwh=kwh)
 
-# %% ../nbs/22_plan.ipynb #bdf600bd
+# %% ../nbs/22_plan.ipynb #b6e4f20b
 def reached_speed(
     cfg: PlanConfig, # settled
     shape: GPTConfig,
@@ -373,7 +373,7 @@ def reached_speed(
     how = "compiled" if cfg.compile else "not compiled"
     return MEASURED_MFU[cfg.compile] * a.peak, f"the 124M model on an H100, {how}"
 
-
+# %% ../nbs/22_plan.ipynb #fa889959
 def predicted_losses(
     N: int, # parameters
     D: int, # tokens
@@ -384,7 +384,7 @@ def predicted_losses(
     return dict(chinchilla_tokens=20 * N, within_their_data=N >= 70e6 and D >= 5e9,
                 laws={law.name: row(law) for law in (HOFFMANN, BESIROGLU)})
 
-# %% ../nbs/22_plan.ipynb #96fa1d0e
+# %% ../nbs/22_plan.ipynb #ead7c617
 def resident_bytes() -> int | None: # None where the system does not tell
     "The memory that this process occupies now"
     try: pages = open("/proc/self/statm").read().split()[1]
@@ -430,7 +430,7 @@ def plan(
         speed=dict(mfu=used, source=source, **times),
         cost=run_cost(cfg, a, times), loss=predicted_losses(shape.n_params, tokens))
 
-# %% ../nbs/22_plan.ipynb #4bc6d177
+# %% ../nbs/22_plan.ipynb #d3309c37
 def nice_time(seconds: float) -> str:
     "Seconds in a unit that suits them"
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
@@ -446,43 +446,68 @@ def memory_table(
     lines = [f"memory   {'GB' if unit == 1e9 else 'MB':12}" + "".join(f"{name:>10}" for name in moments)]
     for kind in moments["loss"]:
         lines.append(f"         {kind:12}" + "".join(f"{m[kind] / unit:10.2f}" for m in moments.values()))
-    return lines + [f"         {'together':12}" + "".join(f"{sum(m.values()) / unit:10.2f}" for m in moments.values())]
+    totals = "".join(f"{sum(m.values()) / unit:10.2f}" for m in moments.values())
+    return [*lines, f"         {'together':12}{totals}"]
 
 
+def cost_lines(
+    p: dict, # from `plan`
+) -> list[str]:
+    "Time, money and energy"
+    cost, n = p["cost"], p["config"]["world_size"]
+    money, energy = "price not given (--price)", "the power of this device is not known"
+    if cost["price"] is not None:
+        money = (f"${cost['dollars']:,.2f} at ${cost['price']:.2f} per device and hour "
+                 f"({cost['price_source']})")
+    if cost["kwh"]: energy = f"at most {cost['kwh']:,.1f} kWh for the {'board' if n == 1 else 'boards'} alone"
+    return [f"time     {nice_time(cost['train_s'] + cost['val_s'])}: {p['steps']:,} steps, "
+            f"{p['tokens']:,} tokens, and validations", f"money    {money}", f"energy   {energy}"]
+
+
+def loss_lines(
+    loss: dict, # from `predicted_losses`
+    p: dict, # from `plan`
+) -> list[str]:
+    "Tokens per parameter, and the loss by either law"
+    lines = [f"tokens   {p['tokens'] / p['parameters']:.1f} per parameter; "
+             f"Chinchilla's 20 would be {loss['chinchilla_tokens']:,}"]
+    for name, law in loss["laws"].items():
+        spread = f" ± {law['interval']:.2f}" if law["interval"] else ""
+        lines.append(f"loss     {law['loss']:.2f}{spread} nats per token by {name}, who would "
+                     f"take {law['optimal_tokens']:.2g} tokens")
+    inside = loss["within_their_data"]
+    also = "" if inside else "; and this run is far smaller than all that it was fitted to"
+    return [*lines, f"         (the law of another data set and another tokenizer{also})"]
+
+# %% ../nbs/22_plan.ipynb #462cb5a2
 def report(
     p: dict, # from `plan`
 ) -> str:
     "A plan as a page of text"
-    a, cfg, f, m, s, c, l = (p[k] for k in "accelerator config flops_per_token memory speed cost loss".split())
-    n, fits = cfg["world_size"], "fits" if m["fits"] else "DOES NOT FIT"
-    known = [("dollars", "${:,.2f} at ${:.2f} per GPU and hour ({})".format(
-                  c["dollars"], c["price"], c["price_source"]) if c["price"] is not None else "price not given"),
-             ("energy", "no figure for the board's power" if c["kwh"] is None else
-              f"at most {c['kwh']:,.1f} kWh for the boards, without the rest of the machine")]
+    a, cfg, flops, memory, speed, loss = (
+        p[name] for name in ("accelerator", "config", "flops_per_token", "memory", "speed", "loss"))
+    n, gb, fits = cfg["world_size"], a["memory"] / 1e9, "fits" if memory["fits"] else "DOES NOT FIT"
     lines = [
-        f"device   {n} × {a['name']}: {a['peak'] / 1e12:,.3g} TFLOP/s, {a['memory'] / 1e9:,.0f} GB ({a['source']})",
+        f"device   {n} × {a['name']}: {a['peak'] / 1e12:,.3g} TFLOP/s, {gb:,.0f} GB ({a['source']})",
         f"model    {p['parameters']:,} parameters: {cfg['n_layer']} layers, {cfg['n_embd']} wide, "
-        f"{cfg['n_head']} heads, T = {cfg['block_size']}",
-        f"FLOPs    {f['total'] / 1e6:,.1f} million per token with attention; 6 N is {f['six_n'] / 1e6:,.1f}; "
-        f"in all {f['total'] * p['tokens']:.2e}",
-        f"step     {cfg['total_batch_size']:,} tokens: {n} × {p['accumulate']} × {p['micro_batch']} sequences, {cfg['dtype']}",
+        f"{cfg['n_head']} heads",
+        f"FLOPs    {flops['total'] / 1e6:,.1f} million per token with attention (6 N is "
+        f"{flops['six_n'] / 1e6:,.1f}), {flops['total'] * p['tokens']:.2e} in all",
+        f"step     {cfg['total_batch_size']:,} tokens: {n} × {p['accumulate']} × {p['micro_batch']} "
+        f"sequences of {cfg['block_size']}, {cfg['dtype']}",
         *memory_table(p),
-        f"         the peak {fits} in {a['memory'] / 1e9:,.0f} GB; generation adds {m['cache'] / 1e6:,.0f} MB per sequence",
-        *([f"         with Python and PyTorch, the process takes about {m['process'] / 1e9:.2f} GB"] * bool(m["process"])),
-        f"speed    {s['tokens_per_s']:,.0f} tokens/s, {s['mfu']:.1%} of the peak ({s['source']})",
-        f"         {1e3 * s['step_s']:,.1f} ms per step, of which {1e3 * s['exposed_s']:,.1f} ms wait for other GPUs (a model)",
-        f"time     {nice_time(c['train_s'] + c['val_s'])} for {p['steps']:,} steps and their validations, "
-        f"{p['tokens']:,} tokens",
-        *(f"{name:8} {words}" for name, words in known),
-        f"tokens   {p['tokens'] / p['parameters']:.1f} per parameter; Chinchilla's 20 would be {l['chinchilla_tokens']:,}"]
-    for name, law in l["laws"].items():
-        spread = f" ± {law['interval']:.2f}" if law["interval"] else ""
-        lines.append(f"loss     {law['loss']:.2f}{spread} by {name} ({law['source']}), "
-                     f"whose best number of tokens is {law['optimal_tokens']:.2g}")
-    beyond = "" if l["within_their_data"] else ", and this run is far outside of the sizes that it was fitted to"
-    return "\n".join(lines + [f"         a law of another data set and tokenizer{beyond}"])
+        f"         the peak {fits} in {gb:,.0f} GB; generation: "
+        f"{memory['cache'] / 1e6:,.1f} MB per sequence"]
+    if memory["process"]:
+        lines.append(f"         the whole process: about {memory['process'] / 1e6:,.0f} MB")
+    lines += [
+        f"speed    {speed['tokens_per_s']:,.0f} tokens/s, {speed['mfu']:.1%} of the peak "
+        f"({speed['source']})",
+        f"         {1e3 * speed['step_s']:,.1f} ms per step, of which "
+        f"{1e3 * speed['exposed_s']:,.1f} ms wait for other devices (modelled)"]
+    return "\n".join(lines + cost_lines(p) + loss_lines(loss, p))
 
-# %% ../nbs/22_plan.ipynb #ed7b9bf1
+# %% ../nbs/22_plan.ipynb #acf99a47
 def family_member(
     cfg: PlanConfig,
     n_layer: int,
@@ -497,7 +522,7 @@ def family_member(
     if cfg.preset == "shakespeare": values |= dict(block_size=min(1024, wide // 2))
     return replace(cfg, **{name: value for name, value in values.items() if name not in fixed})
 
-# %% ../nbs/22_plan.ipynb #6f39c9b1
+# %% ../nbs/22_plan.ipynb #ebe30144
 def fit_plan(
     cfg: PlanConfig,
     fixed: set, # names of fields that the user set
@@ -532,7 +557,7 @@ def fit_plan(
     member, rate = tried[low]
     return plan(member, a, device, rate), member
 
-# %% ../nbs/22_plan.ipynb #38ec10ef
+# %% ../nbs/22_plan.ipynb #11494d89
 def command_line(
     cfg: TrainConfig,
 ) -> str:
@@ -546,7 +571,7 @@ def command_line(
         else: words.append(f"--{field.name} {value}")
     return " ".join(["gpt2_train", *words])
 
-# %% ../nbs/22_plan.ipynb #40099b35
+# %% ../nbs/22_plan.ipynb #67906958
 def fit_checked(
     flags: dict, # that the user set
 ) -> dict: # from `plan`, with the command of the run
