@@ -422,7 +422,8 @@ def plan(
     useful, tokens = sum(flops.values()) - flops["recomputed"], cfg.max_iters * cfg.total_batch_size
     used = times["tokens_per_s"] * useful / (a.peak * cfg.world_size)
     return dict(
-        accelerator=asdict(a), config=asdict(cfg), parameters=shape.n_params, tokens=tokens,
+        accelerator=asdict(a), world_size=cfg.world_size, parameters=shape.n_params, tokens=tokens,
+        config={f.name: getattr(cfg, f.name) for f in fields(TrainConfig)},
         flops_per_token=dict(six_n=6 * shape.n_params, total=useful, **flops),
         memory=dict(moments=moments, peak=peak, at=moment, fits=peak <= a.memory,
                     process=base and base + peak, cache=cache_bytes(shape)),
@@ -454,7 +455,7 @@ def cost_lines(
     p: dict, # from `plan`
 ) -> list[str]:
     "Time, money and energy"
-    cost, n = p["cost"], p["config"]["world_size"]
+    cost, n = p["cost"], p["world_size"]
     money, energy = "price not given (--price)", "the power of this device is not known"
     if cost["price"] is not None:
         money = (f"${cost['dollars']:,.2f} at ${cost['price']:.2f} per device and hour "
@@ -486,7 +487,7 @@ def report(
     "A plan as a page of text"
     a, cfg, flops, memory, speed, loss = (
         p[name] for name in ("accelerator", "config", "flops_per_token", "memory", "speed", "loss"))
-    n, gb, fits = cfg["world_size"], a["memory"] / 1e9, "fits" if memory["fits"] else "DOES NOT FIT"
+    n, gb, fits = p["world_size"], a["memory"] / 1e9, "fits" if memory["fits"] else "DOES NOT FIT"
     lines = [
         f"device   {n} × {a['name']}: {a['peak'] / 1e12:,.3g} TFLOP/s, {gb:,.0f} GB ({a['source']})",
         f"model    {p['parameters']:,} parameters: {cfg['n_layer']} layers, {cfg['n_embd']} wide, "
