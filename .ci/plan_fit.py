@@ -81,7 +81,7 @@ def follow(name: str, flags: list, folder: Path) -> dict:
                       wall_seconds=round(wall, 1), cpu_seconds=round(used.ru_utime + used.ru_stime, 1),
                       rss_bytes=used.ru_maxrss * 1024),
         bits_per_byte=val["bits_per_byte"], load=[round(load, 2), round(os.getloadavg()[0], 2)],
-        **{key: log[0][key] for key in ("git_commit", "python", "versions", "hardware", "cpus", "threads")},
+        **{key: log[0][key] for key in ("python", "versions", "hardware", "cpus", "threads")},
         date=time.strftime("%Y-%m-%d"))
 
 
