@@ -26,6 +26,7 @@ LONGER = {"finetune": "two halves, examples made into windows and the run on the
           "shards": "files of ids, their manifest, and checked copies of both from an object store",
           "documents": "readers, and sources by stream, by file and by part; each is a few lines on the one before",
           "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
+          "plan": "memory, speed, communication, cost, loss and the report: one page of output, each part a formula",
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "distributed": "many functions of a few lines around one call of PyTorch, and `Ranks` for the notebooks",
           "hellaswag": "trees, scores and the command of one evaluation; each part is used by the next only",

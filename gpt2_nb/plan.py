@@ -178,7 +178,8 @@ def step_seconds(
     busy, exposed = communication(cfg, shape, link, ranks, micro_s, accumulate)
     step_s = accumulate * micro_s + exposed
     tokens = micro * accumulate * cfg.block_size * ranks
-    return dict(step_s=step_s, communication_s=busy, exposed_s=exposed, tokens_per_s=tokens / step_s)
+    return dict(step_s=step_s, communication_s=busy, exposed_s=exposed,
+                tokens_per_s=tokens / step_s)
 
 # %% ../nbs/22_plan.ipynb #0d9e55c0
 def product_speed(
@@ -213,7 +214,8 @@ def timed_steps(
     if cfg.grad_checkpoint: model.transformer.run_block = checkpoint_block
     if cfg.bf16_residual: model.transformer.stream_dtype = torch.bfloat16
     dist, optimizer = Dist(device=device), make_optimizer(model, cfg.learning_rate)
-    module, loss_fn = compile_step(model, model, dist) if cfg.compile else (model, linear_cross_entropy)
+    module, loss_fn = model, linear_cross_entropy
+    if cfg.compile: module, loss_fn = compile_step(model, model, dist)
     ids = torch.randint(shape.vocab_size, (sequences, T), device=device)
     how = dict(autocast=precision(device, cfg.dtype), dist=dist, loss_fn=loss_fn)
 
@@ -225,8 +227,9 @@ def timed_steps(
 
     def step():
         begin = time.perf_counter()
-        train_step(module, optimizer, [(ids, ids)], cfg.learning_rate, cfg.grad_clip, **how)[0].item()
-        return time.perf_counter() - begin # item() waits for the device
+        loss, *_ = train_step(module, optimizer, [(ids, ids)], cfg.learning_rate, cfg.grad_clip, **how)
+        loss.item() # waits for the device
+        return time.perf_counter() - begin
 
     step() # the first step is slow: it makes the moments, and may compile
     until, times, updates = time.perf_counter() + seconds, [], []
@@ -271,8 +274,8 @@ class Law:
 
 
 HOFFMANN = Law("Hoffmann et al.", "arxiv.org/abs/2203.15556", 1.69, 406.4, 0.34, 410.7, 0.28)
-BESIROGLU = Law("Besiroglu et al.", "arxiv.org/abs/2404.10102", 1.8172, 482.01, 0.3478, 2085.43, 0.3658,
-                E_error=0.03, alpha_error=0.02, beta_error=0.02)
+BESIROGLU = Law("Besiroglu et al.", "arxiv.org/abs/2404.10102",
+                1.8172, 482.01, 0.3478, 2085.43, 0.3658, E_error=0.03, alpha_error=0.02, beta_error=0.02)
 
 # %% ../nbs/22_plan.ipynb #5fbe9c28
 MIDDLE = (70e6 * 16e9)**0.5, (5e9 * 500e9)**0.5 # parameters and tokens, of Chinchilla's runs
@@ -339,7 +342,8 @@ def named_accelerator(
     "The accelerator that a user means; `InputError` if there is none or several"
     def plain(s): return "".join(c for c in s.lower() if c.isalnum())
     exact = [a for a in ACCELERATORS.values() if plain(a.name) == plain(name)]
-    found = exact or [a for a in ACCELERATORS.values() if plain(name) and plain(a.name).endswith(plain(name))]
+    ends = [a for a in ACCELERATORS.values() if name and plain(a.name).endswith(plain(name))]
+    found = exact or ends
     if len(found) == 1: return found[0]
     raise InputError(f"unknown --gpu {name!r}: use cpu or one of {', '.join(ACCELERATORS)}")
 
@@ -352,8 +356,8 @@ def this_machine(
     found = find_accelerator(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if found: return replace(found, memory=memory)
     dtype = dtype_name(device)
-    return Accelerator(device.type, product_speed(device, dtype), memory, bandwidth=0, watts=0, link=0,
-                       source="measured on the spot", bf16=dtype == "bfloat16")
+    return Accelerator(device.type, product_speed(device, dtype), memory, bandwidth=0, watts=0,
+                       link=0, source="measured on the spot", bf16=dtype == "bfloat16")
 
 # %% ../nbs/22_plan.ipynb #f7f91d92
 def settle_plan(
@@ -362,7 +366,7 @@ def settle_plan(
 ) -> tuple[PlanConfig, GPTConfig]: # with nothing left open, and the model's shape
     "Decide what the configuration leaves open, for an accelerator that need not be here"
     if cfg.world_size > 1 and not a.link:
-        raise InputError(f"--world_size {cfg.world_size}: the plan knows no link between several {a.name}")
+        raise InputError(f"--world_size {cfg.world_size}: there is no link between several {a.name}")
     dtype = cfg.dtype
     if dtype == "auto": dtype = "bfloat16" if a.bf16 else "float32"
     shape = model_config(cfg, 50_257 if cfg.tokenizer == "gpt2" else cfg.vocab_size)
@@ -489,10 +493,11 @@ def memory_table(
     "The moments of a step, by kind of memory"
     moments, unit = p["memory"]["moments"], 1e9 if p["memory"]["peak"] > 1e9 else 1e6
     lines = [f"memory   {'GB' if unit == 1e9 else 'MB':12}" + "".join(f"{name:>12}" for name in moments)]
-    for kind in moments["loss"]:
-        lines.append(f"         {kind:12}" + "".join(f"{m[kind] / unit:12.2f}" for m in moments.values()))
-    totals = "".join(f"{sum(m.values()) / unit:12.2f}" for m in moments.values())
-    return [*lines, f"         {'together':12}{totals}"]
+    sums = {name: m | dict(together=sum(m.values())) for name, m in moments.items()}
+    for kind in sums["loss"]:
+        numbers = "".join(f"{m[kind] / unit:12.2f}" for m in sums.values())
+        lines.append(f"         {kind:12}{numbers}")
+    return lines
 
 # %% ../nbs/22_plan.ipynb #ab6395e3
 def cost_lines(
@@ -504,7 +509,7 @@ def cost_lines(
     if cost["price"] is not None:
         money = (f"${cost['dollars']:,.2f} at ${cost['price']:.2f} per device and hour "
                  f"({cost['price_source']})")
-    if cost["kwh"]: energy = f"at most {cost['kwh']:,.1f} kWh for the {'board' if n == 1 else 'boards'} alone"
+    if cost["kwh"]: energy = f"at most {cost['kwh']:,.1f} kWh for the board{'s' * (n > 1)} alone"
     return [f"time     {nice_time(cost['train_s'] + cost['val_s'])}: {p['steps']:,} steps, "
             f"{p['tokens']:,} tokens, and validations", f"money    {money}", f"energy   {energy}"]
 
@@ -565,9 +570,11 @@ def family_member(
 ) -> PlanConfig:
     "The configuration with the shape and the learning rate of a width"
     wide = cfg.n_embd if "n_embd" in fixed else width
-    heads = max(n for n in range(1, max(1, wide // (64 if wide >= 256 else 32)) + 1) if wide % n == 0)
+    most = max(1, wide // (64 if wide >= 256 else 32))
+    heads = max(n for n in range(1, most + 1) if wide % n == 0)
     small, large = PRESETS["shakespeare"], PRESETS["gpt2"]
-    power = math.log(large.learning_rate / small.learning_rate) / math.log(large.n_embd / small.n_embd)
+    rates, widths = large.learning_rate / small.learning_rate, large.n_embd / small.n_embd
+    power = math.log(rates) / math.log(widths) # negative
     rate = float(f"{small.learning_rate * (wide / small.n_embd)**power:.2g}")
 
     values = dict(n_layer=max(1, width // 64), n_embd=wide, n_head=heads, learning_rate=rate,
@@ -618,7 +625,7 @@ def command_line(
     for field in fields(TrainConfig):
         value = getattr(cfg, field.name)
         if value == getattr(preset, field.name): continue
-        if isinstance(value, bool): words.append(f"--{field.name}" if value else f"--no-{field.name}")
+        if isinstance(value, bool): words.append(f"--{'' if value else 'no-'}{field.name}")
         else: words.append(f"--{field.name} {value}")
     return " ".join(["gpt2_train", *words])
 
