@@ -24,8 +24,8 @@ import torch
 
 from .core import InputError, Limit, check_flags, cli, pick_device, seed_everything
 from .model import GPT, GPTConfig
-from .memory import activation_bytes, checkpoint_block, chunk_rows, device_memory, equal_chunks
-from .memory import linear_cross_entropy, logits_budget
+from .memory import (activation_bytes, checkpoint_block, chunk_rows, device_memory,
+                            equal_chunks, linear_cross_entropy, logits_budget)
 from .optim import make_optimizer
 from .distributed import Dist
 from .step import (ACCELERATORS, Accelerator, compile_step, dtype_name, find_accelerator,
@@ -217,7 +217,7 @@ def timed_steps(
     module, loss_fn = model, linear_cross_entropy
     if cfg.compile: module, loss_fn = compile_step(model, model, dist)
     ids = torch.randint(shape.vocab_size, (sequences, T), device=device)
-    how = dict(autocast=precision(device, cfg.dtype), dist=dist, loss_fn=loss_fn)
+    how = dict(grad_clip=cfg.grad_clip, autocast=precision(device, cfg.dtype), dist=dist, loss_fn=loss_fn)
 
     def update():
         for p in model.parameters(): p.grad = torch.zeros_like(p)
@@ -227,7 +227,7 @@ def timed_steps(
 
     def step():
         begin = time.perf_counter()
-        loss, *_ = train_step(module, optimizer, [(ids, ids)], cfg.learning_rate, cfg.grad_clip, **how)
+        loss, *_ = train_step(module, optimizer, [(ids, ids)], cfg.learning_rate, **how)
         loss.item() # waits for the device
         return time.perf_counter() - begin
 
@@ -304,14 +304,14 @@ def optimal_tokens(
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     "Predict a training run: all flags of gpt2_train, and a few more."
-    gpu: str = "" # accelerator, such as h100, rtx4090 or cpu; if not given, this machine is measured
+    gpu: str = "" # accelerator, such as h100, rtx4090 or cpu; if not given, this machine
     world_size: int = 1 # accelerators, all in one machine
     tokens: float = 0.0 # tokens of the run, such as 10e9; 0 for --max_iters steps
-    mfu: float = 0.0 # fraction of the peak speed that is reached; 0 for what was measured on an H100
+    mfu: float = 0.0 # fraction of the peak that is reached; 0 for what an H100 or this machine does
     price: float = None # dollars per accelerator and hour
     fit: bool = False # find the largest model that this machine trains in --hours
     hours: float = 1.0 # time for --fit
-    tokens_per_param: float = 20.0 # training tokens per parameter for --fit, at least; 20 is Chinchilla's
+    tokens_per_param: float = 20.0 # training tokens per parameter for --fit, at least
     json: bool = False # print one JSON object
 
 
@@ -329,10 +329,10 @@ def plan_config(
     check_flags(own, PLAN_LIMITS)
     measured = own.get("fit") and sorted(FITTED & {*given, *own})
     if measured:
-        raise InputError("--fit measures one device of this machine and chooses the length of the run: "
-                         f"leave out --{measured[0]}")
+        raise InputError("--fit measures one device of this machine and chooses the length of the "
+                         f"run: leave out --{measured[0]}")
     if own.get("tokens") and "max_iters" in given:
-        raise InputError("--tokens and --max_iters both set the length of the run: give one of them")
+        raise InputError("--tokens and --max_iters both set a run's length: give one of them")
     return PlanConfig(**asdict(make_config(**given)), **own)
 
 # %% ../nbs/22_plan.ipynb #8c6e440d
@@ -492,7 +492,8 @@ def memory_table(
 ) -> list[str]: # lines
     "The moments of a step, by kind of memory"
     moments, unit = p["memory"]["moments"], 1e9 if p["memory"]["peak"] > 1e9 else 1e6
-    lines = [f"memory   {'GB' if unit == 1e9 else 'MB':12}" + "".join(f"{name:>12}" for name in moments)]
+    names = "".join(f"{name:>12}" for name in moments)
+    lines = [f"memory   {'GB' if unit == 1e9 else 'MB':12}{names}"]
     sums = {name: m | dict(together=sum(m.values())) for name, m in moments.items()}
     for kind in sums["loss"]:
         numbers = "".join(f"{m[kind] / unit:12.2f}" for m in sums.values())
