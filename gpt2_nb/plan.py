@@ -8,8 +8,8 @@ __all__ = ['MEASURED_MFU', 'HOFFMANN', 'BESIROGLU', 'MIDDLE', 'OWN', 'FITTED', '
            'cache_bytes', 'communication', 'step_seconds', 'product_speed', 'timed_steps', 'measured_speed', 'Law',
            'law_loss', 'optimal_tokens', 'PlanConfig', 'plan_config', 'named_accelerator', 'this_machine',
            'settle_plan', 'run_cost', 'reached_speed', 'predicted_losses', 'resident_bytes', 'plan_device', 'plan',
-           'nice_time', 'memory_table', 'cost_lines', 'loss_lines', 'report', 'family_member', 'member_that_fits',
-           'with_length', 'command_line', 'fit_plan', 'main']
+           'nice_time', 'memory_table', 'cost_lines', 'loss_lines', 'report', 'by_gpu', 'gpu_table', 'family_member',
+           'member_that_fits', 'with_length', 'command_line', 'fit_plan', 'main']
 
 # %% ../nbs/22_plan.ipynb #f9691983
 import json
@@ -304,7 +304,7 @@ def optimal_tokens(
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
     "Predict a training run: all flags of gpt2_train, and a few more."
-    gpu: str = "" # accelerator, such as h100, rtx4090 or cpu; if not given, this machine
+    gpu: str = "" # accelerator, such as h100, rtx4090, cpu or all; if not given, this machine
     world_size: int = 1 # accelerators, all in one machine
     tokens: float = 0.0 # tokens of the run, such as 10e9; 0 for --max_iters steps
     mfu: float = 0.0 # fraction of the peak that is reached; 0 for what an H100 or this machine does
@@ -416,6 +416,7 @@ def reached_speed(
         raise InputError(f"--dtype {cfg.dtype} on {a.name}: the peak in the table is for "
                          f"{'bfloat16' if a.bf16 else 'float32'}, so give --mfu as a fraction of that")
     how = "compiled" if cfg.compile else "not compiled"
+    if shape.n_embd < 512: how += "; a model as small as this reaches far less"
     return MEASURED_MFU[cfg.compile] * a.peak, f"the 124M model on an H100, {how}"
 
 # %% ../nbs/22_plan.ipynb #fa889959
@@ -476,6 +477,7 @@ def plan(
         memory=dict(moments=moments, peak=peak, at=moment, fits=peak <= a.memory,
                     process=base and base + OPENED + peak, cache=cache_bytes(shape)),
         micro_batch=micro, accumulate=accumulate, steps=cfg.max_iters,
+        largest_micro_batch=fit_batch(cfg, shape, a.memory, ranks=cfg.world_size),
         speed=dict(mfu=used, source=source, **times),
         cost=run_cost(cfg, a, times), loss=predicted_losses(shape.n_params, tokens))
 
@@ -547,8 +549,8 @@ def report(
         f"step     {cfg['total_batch_size']:,} tokens: {n} × {p['accumulate']} × {p['micro_batch']} "
         f"sequences of {cfg['block_size']}, {cfg['dtype']}",
         *memory_table(p),
-        f"         the peak {fits} in {gb:,.0f} GB; generation: "
-        f"{memory['cache'] / 1e6:,.1f} MB per sequence"]
+        f"         the peak {fits} in {gb:,.0f} GB; with --batch_size 0, micro-batches would have "
+        f"{p['largest_micro_batch']}; generation: {memory['cache'] / 1e6:,.1f} MB per sequence"]
     if memory["process"]:
         lines.append(f"         the whole process: about {memory['process'] / 1e6:,.0f} MB")
     lines += [
@@ -559,6 +561,31 @@ def report(
     lines += [*cost_lines(p), *loss_lines(p)]
     if "command" in p: lines += ["", p["command"]]
     return "\n".join(lines)
+
+# %% ../nbs/22_plan.ipynb #89f6c553
+def by_gpu(
+    cfg: PlanConfig,
+) -> list[dict]: # from `plan`
+    "The plan on each accelerator of the table that it is possible on"
+    found = []
+    for a in ACCELERATORS.values():
+        try: found.append(plan(cfg, a))
+        except InputError: continue # such as several of one that has no link
+    return found
+
+
+def gpu_table(
+    plans: list[dict], # from `plan`
+) -> str:
+    "A line for each plan"
+    lines = ["device            micro  peak GB      tokens/s     hours       kWh   dollars"]
+    for p in plans:
+        cost, peak = p["cost"], p["memory"]["peak"] / 1e9
+        fits = " " if p["memory"]["fits"] else "!" # too much
+        kwh, dollars = ("-" if x is None else f"{x:,.1f}" for x in (cost["kwh"], cost["dollars"]))
+        lines.append(f"{p['accelerator']['name']:16} {p['micro_batch']:6} {peak:8.1f}{fits} "
+                     f"{p['speed']['tokens_per_s']:12,.0f} {cost['hours']:9,.1f} {kwh:>9} {dollars:>9}")
+    return "\n".join(lines + ["!: more than the device has"] * any(not p["memory"]["fits"] for p in plans))
 
 # %% ../nbs/22_plan.ipynb #acf99a47
 WIDTHS = [*range(32, 256, 32), *range(256, 4097, 64)] # of the members
@@ -671,5 +698,11 @@ def fit_plan(
 def main(**flags):
     "Predict a training run before it starts"
     cfg, base = plan_config(**flags), resident_bytes()
-    found = fit_plan(cfg, set(flags)) if cfg.fit else plan(cfg, *plan_device(cfg), base=base)
-    print(json.dumps(found) if cfg.json else report(found))
+    everywhere = cfg.gpu == "all"
+    if everywhere:
+        here = replace(cfg, gpu="", world_size=1)
+        found = dict(plans=[*by_gpu(cfg), plan(here, *plan_device(here), base=base)])
+    elif cfg.fit: found = fit_plan(cfg, set(flags))
+    else: found = plan(cfg, *plan_device(cfg), base=base)
+    if cfg.json: print(json.dumps(found))
+    else: print(gpu_table(found["plans"]) if everywhere else report(found))
