@@ -8,7 +8,7 @@ NOTEBOOKS ?= nbs
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test slow gpu matrix model headline gpt2 one-file mutants book-stats lab lab-test docs notebooks \
+.PHONY: help train test slow gpu matrix model headline plan-fit gpt2 one-file mutants book-stats lab lab-test docs notebooks \
   export readme hooks release-check clean
 
 help:       ## list these targets
@@ -42,6 +42,9 @@ model: $(READY)  ## train the small model that the chapters use, in about 20 min
 
 headline: $(READY)  ## compare the default recipe with nanoGPT's CPU quick start at equal text, context and seconds
 	@$(BIN)/python .ci/headline.py $(ARGS)
+
+plan-fit: $(READY)  ## follow two plans to the end, the default run and --fit for ten minutes: predicted and measured
+	@$(BIN)/python .ci/plan_fit.py $(ARGS)
 
 gpt2: $(READY)   ## run the chain of proof, greedy text and HellaSwag with OpenAI's 124M weights
 	@$(BIN)/python .ci/gpt2.py $(ARGS)

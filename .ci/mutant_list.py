@@ -595,6 +595,7 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
+<<<<<<< /tmp/tmpw0g_kgae/a
 <<<<<<< /tmp/tmp0w0q57_g/a
     "23_ladder": [
         (
@@ -658,6 +659,44 @@ MUTANTS = {
             "x[:-k] * np.uint64(power) + x[k:]",
             "x[:-k] + x[k:]",
 >>>>>>> /tmp/tmp0w0q57_g/c
+=======
+    "22_plan": [
+        (
+            "attention-uncounted",
+            "the products of queries and keys are left out",
+            "attention=12 * L * C * T,",
+            "attention=0,",
+        ),
+        (
+            "moments-once",
+            "only one of AdamW's two moments is counted",
+            "optimizer=8 * P // shards)",
+            "optimizer=4 * P // shards)",
+        ),
+        (
+            "mask-free",
+            "the memory of a mask for documents is left out",
+            "    if cfg.document_mask and device != \"cuda\":",
+            "    if False:",
+        ),
+        (
+            "ring-halved",
+            "an all-reduce passes the gradients only once",
+            "busy, hidden = 2 * once,",
+            "busy, hidden = once,",
+        ),
+        (
+            "update-repeated",
+            "the update is counted once for each micro-batch",
+            "whole_s = accumulate * max(step_s - update_s, 0.1 * step_s) / part + update_s",
+            "whole_s = accumulate * step_s / part",
+        ),
+        (
+            "hours-ignored",
+            "--fit does not look at the hours",
+            '["cost"]["hours"] <= 0.95 * cfg.hours',
+            '["cost"]["hours"] <= 95 * cfg.hours',
+>>>>>>> /tmp/tmpw0g_kgae/c
         ),
     ],
 }
