@@ -605,10 +605,10 @@ MUTANTS = {
             "generator=torch.Generator().manual_seed(torch.seed() % 2**31)",
         ),
         (
-            "sum-of-all",
-            "the memory of a step counts what was released again",
-            "return max(running_sum(",
-            "return sum(abs(n) for n in (",
+            "last-first",
+            "allocations and releases are added up in the wrong order",
+            'events.sort(key=lambda e: e["ts"])',
+            'events.sort(key=lambda e: -e["ts"])',
         ),
         (
             "upside-down",
