@@ -595,8 +595,6 @@ MUTANTS = {
             "room[max(free - n - 1, 0)].append(window)",
         ),
     ],
-<<<<<<< /tmp/tmpw0g_kgae/a
-<<<<<<< /tmp/tmp0w0q57_g/a
     "23_ladder": [
         (
             "other-tokens",
@@ -633,7 +631,8 @@ MUTANTS = {
             "a ladder that was killed begins again at its lowest rung",
             'done = {line["name"]: line for line in before if line["kind"] == "rung"}',
             "done = {}",
-=======
+        ),
+    ],
     "24_doctor": [
         (
             "first-line-counts",
@@ -658,8 +657,8 @@ MUTANTS = {
             "windows with the same ids in another order have the same hash",
             "x[:-k] * np.uint64(power) + x[k:]",
             "x[:-k] + x[k:]",
->>>>>>> /tmp/tmp0w0q57_g/c
-=======
+        ),
+    ],
     "22_plan": [
         (
             "attention-uncounted",
@@ -696,7 +695,6 @@ MUTANTS = {
             "--fit does not look at the hours",
             '["cost"]["hours"] <= 0.95 * cfg.hours',
             '["cost"]["hours"] <= 95 * cfg.hours',
->>>>>>> /tmp/tmpw0g_kgae/c
         ),
     ],
 }

@@ -26,11 +26,8 @@ LONGER = {"finetune": "two halves, examples made into windows and the run on the
           "shards": "files of ids, their manifest, and checked copies of both from an object store",
           "documents": "readers, and sources by stream, by file and by part; each is a few lines on the one before",
           "fineweb": "documents to shards on one machine and on many, ready-made shards, and their command",
-<<<<<<< /tmp/tmpamz877qj/a
           "doctor": "fifteen independent checks with their limits, and a table of published losses",
-=======
           "plan": "memory, speed, communication, cost, loss and the report: one page of output, each part a formula",
->>>>>>> /tmp/tmpamz877qj/c
           "core": "some 35 independent small tools; the longest function has 15 lines",
           "distributed": "many functions of a few lines around one call of PyTorch, and `Ranks` for the notebooks",
           "ladder": "rungs, what measures them, their record and picture, peers and the command; each uses the last",

@@ -294,7 +294,7 @@ def wheel_files(package: str, suffix: str = "") -> list[Path]: # sorted; empty i
     return sorted(p for p in paths if p.exists())
 
 # %% ../nbs/00_core.ipynb #d665feb9
-def flags_of(spec) -> dict: # name -> its `anno`, `default`, `docment` and `choices`
+def flags_of(spec) -> dict: # name -> `anno`, `default`, `docment`, `choices`, `positional`
     "The flags of a function, or of a dataclass and its parent classes"
     sources = inspect.getmro(spec)[-2::-1] if is_dataclass(spec) else [spec] # parents first
     comments = {}
@@ -304,12 +304,13 @@ def flags_of(spec) -> dict: # name -> its `anno`, `default`, `docment` and `choi
 
     declared = fields(spec) if is_dataclass(spec) else []
     dropped = [f.name for f in declared if not f.metadata.get("flag", True)]
+    bare = [f.name for f in declared if f.metadata.get("positional")]
     flags = {}
     for name, p in inspect.signature(spec, eval_str=True).parameters.items():
         if name in dropped: continue
         words = get_args(p.annotation) if get_origin(p.annotation) is Literal else ()
         flags[name] = SimpleNamespace(anno=p.annotation, default=p.default, choices=words,
-                                      docment=comments.get(name))
+                                      docment=comments.get(name), positional=name in bare)
     return flags
 
 # %% ../nbs/00_core.ipynb #0c8101b2
@@ -339,12 +340,18 @@ def parse_flags(
     flags, about = flags_of(spec), (spec.__doc__ or "").split("\n")[0]
     parser = FlagParser(prog=prog or Path(sys.argv[0]).stem, description=about, allow_abbrev=False)
     for name, flag in flags.items(): parser.add_flag(name, flag)
+    bare = [name for name, flag in flags.items() if flag.positional]
+    if bare: parser.usage = " ".join(["%(prog)s", *(f"[{n.upper()}]" for n in bare), "[flags]"])
 
     def underscored(match): return ("--no-" if match[1] else "--") + match[2].replace("-", "_")
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--(no[-_])?([\w-]+)(?==|$)", underscored, word) for word in words]
     given, unknown = parser.parse_known_args(words)
-    if not unknown: return vars(given)
+    given = vars(given)
+    for name in bare: # words that belong to no flag
+        if name in given or not unknown or unknown[0].startswith("-"): continue
+        given[name] = unknown.pop(0)
+    if not unknown: return given
 
     near = get_close_matches(unknown[0].partition("=")[0].strip("-"), flags, n=1)
     suggestion = f", did you mean --{near[0]}?" if near else ""
@@ -421,10 +428,11 @@ def failure_line(e: BaseException) -> str: # empty for a defect, which needs its
 
 
 def run_command(f, spec):
-    "Call `f` with the flags of the command line, and report known failures in one line"
+    "Call `f` with the flags of the command line; report known failures in one line"
     try:
-        f(**parse_flags(spec))
+        code = f(**parse_flags(spec))
         sys.stdout.flush()
+        if isinstance(code, int) and code: sys.exit(code)
     except KeyboardInterrupt: sys.exit(130) # a shell's code for Ctrl-C; no traceback
     except BrokenPipeError: os._exit(141) # and for SIGPIPE; `sys.exit` would write again
     except Exception as e:

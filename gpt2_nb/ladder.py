@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BOTTOM', 'TOLERANCE', 'HEADER', 'SHAPE', 'LADDER_LIMITS', 'MOST', 'SKIPPABLE', 'spread', 'beside', 'open_record',
-           'Setting', 'differences', 'Rung', 'usable_cores', 'reasons', 'make_rungs', 'Stepper', 'allocated', 'agrees',
-           'serve', 'Remote', 'open_setting', 'in_turns', 'measure', 'Open', 'attempt', 'times_plain', 'describe',
-           'climb', 'plot_ladder', 'save_picture', 'Peer', 'beside_peers', 'transformers_peer', 'LadderConfig',
-           'top_config', 'climb_beside', 'climb_decoding', 'main']
+           'Setting', 'differences', 'Rung', 'usable_cores', 'reasons', 'make_rungs', 'Stepper', 'silence', 'allocated',
+           'agrees', 'serve', 'Remote', 'open_setting', 'in_turns', 'measure', 'Open', 'attempt', 'times_plain',
+           'describe', 'climb', 'plot_ladder', 'save_picture', 'Peer', 'beside_peers', 'transformers_peer',
+           'LadderConfig', 'top_config', 'climb_beside', 'climb_decoding', 'main']
 
 # %% ../nbs/23_ladder.ipynb #3c695ae2
 import importlib.util
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate as running_sum
 from pathlib import Path
@@ -223,6 +223,17 @@ class Stepper:
 
     def close(self): pass # a `Remote` has a process to end
 
+# %% ../nbs/23_ladder.ipynb #eee72384
+@contextmanager
+def silence():
+    "Drop what libraries print to standard error, such as the profiler's notes"
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere: os.dup2(nowhere.fileno(), 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
 # %% ../nbs/23_ladder.ipynb #dd9d21e0
 def allocated(f, device: torch.device) -> int | None: # bytes; None for a device that cannot tell
     "The most that tensors take at one time while `f()` runs, beyond what was there before"
@@ -233,9 +244,8 @@ def allocated(f, device: torch.device) -> int | None: # bytes; None for a device
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu": return None
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99") # keep the profiler quiet
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True) as prof: f()
+    with silence(), torch.profiler.profile(activities=kinds, profile_memory=True) as prof: f()
     with tempfile.TemporaryDirectory() as folder:
         prof.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))["traceEvents"]

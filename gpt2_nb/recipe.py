@@ -205,12 +205,13 @@ def fit_batch(
     shape: GPTConfig, # of the model
     memory: int, # bytes of this rank's device
     dist: Dist = Dist(), # this rank; every rank must call it
+    ranks: int = 0, # that share the model with fsdp; 0 for those of `dist`
 ) -> int: # sequences
     "The largest micro-batch, in powers of two, that fits every rank's device; at least 1"
     bf16, size = cfg.dtype == "bfloat16", MOST_SEQUENCES
     narrow = bf16 and cfg.bf16_residual and cfg.compile # without compiling, LayerNorm keeps fp32
     how = dict(bf16=bf16, checkpointed=cfg.grad_checkpoint, bf16_stream=narrow,
-               shards=dist.world_size if cfg.parallel == "fsdp" else 1)
+               shards=(ranks or dist.world_size) if cfg.parallel == "fsdp" else 1)
     def needs(n): return training_bytes(shape, n * cfg.block_size, memory, **how)
 
     while size > 1 and any_rank(needs(size) > 0.9 * memory - 2**30, dist): size //= 2
