@@ -345,7 +345,7 @@ def named_accelerator(
     ends = [a for a in ACCELERATORS.values() if name and plain(a.name).endswith(plain(name))]
     found = exact or ends
     if len(found) == 1: return found[0]
-    raise InputError(f"unknown --gpu {name!r}: use cpu or one of {', '.join(ACCELERATORS)}")
+    raise InputError(f"unknown --gpu {name!r}: use all, cpu or one of {', '.join(ACCELERATORS)}")
 
 
 def this_machine(
