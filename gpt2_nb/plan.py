@@ -431,7 +431,7 @@ def predicted_losses(
                 laws={law.name: row(law) for law in (HOFFMANN, BESIROGLU)})
 
 # %% ../nbs/22_plan.ipynb #ead7c617
-OPENED = 125_000_000 # bytes: tokenizer, data, checkpoints and kernels; measured in the default run
+OPENED = 195_000_000 # bytes: imports, tokenizer, data, checkpoints; measured in the default run
 
 
 def resident_bytes() -> int | None: # None where the system does not tell
